@@ -1,0 +1,29 @@
+"""Memorizing Transformers on PyTorch Lightning.
+
+The names below are imported on first use, so that worker processes and ``--help`` stay light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .hub import MemorizingTransformer
+    from .memory import MemoryBank, MemoryConfig
+    from .model import ModelConfig
+
+_HOMES = {
+    "MemorizingTransformer": ".hub",
+    "MemoryBank": ".memory",
+    "MemoryConfig": ".memory",
+    "ModelConfig": ".model",
+}
+
+__all__ = ["MemorizingTransformer", "MemoryBank", "MemoryConfig", "ModelConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
