@@ -1,0 +1,97 @@
+"""The settings that decide which tokens a corpus becomes, checked as soon as they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import ConfigError
+from .tokenization import BYTES, NUM_BYTES
+
+SPLITS = ("train", "validation", "test")
+STDLIB = "stdlib"
+STDLIB_MIN_CHARACTERS = 2_000
+"""Shorter documents of the standard library are left out unless `min_characters` is given."""
+
+Grouping = Literal["file", "folder"]
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Where the text comes from; `DocumentDataModule` says what each setting means.
+
+    Raises:
+        ConfigError: a setting cannot work.
+    """
+
+    source: str = STDLIB
+    validation_source: str | None = None
+    test_source: str | None = None
+    text_column: str = "text"
+    group: Grouping = "file"
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.group not in ("file", "folder"):
+            raise ConfigError("data.group", self.group, "must be 'file' or 'folder'")
+        for key, value in self.fractions.items():
+            if not 0 <= value < 1:
+                raise ConfigError(f"data.{key}_fraction", value, "must be at least 0 and below 1")
+        if sum(self.fractions.values()) >= 1:
+            raise ConfigError(
+                "data.test_fraction",
+                self.test_fraction,
+                f"leaves nothing to train on beside data.validation_fraction "
+                f"({self.validation_fraction}); their sum must be below 1",
+            )
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The share of the documents to cut off for validation and test."""
+        return {"validation": self.validation_fraction, "test": self.test_fraction}
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Which tokenizer; `DocumentDataModule` says what each setting means.
+
+    Raises:
+        ConfigError: a setting cannot work.
+    """
+
+    tokenizer: str = BYTES
+    bpe_vocab_size: int = 512
+    bpe_train_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.bpe_vocab_size < NUM_BYTES:
+            raise ConfigError(
+                "data.bpe_vocab_size", self.bpe_vocab_size, f"must be at least {NUM_BYTES}"
+            )
+        if self.bpe_train_bytes < 1:
+            raise ConfigError("data.bpe_train_bytes", self.bpe_train_bytes, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Everything that decides which tokens are in the store.
+
+    Raises:
+        ConfigError: a setting cannot work.
+    """
+
+    sources: SourceSettings = field(default_factory=SourceSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    min_characters: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_characters is not None and self.min_characters < 0:
+            raise ConfigError("data.min_characters", self.min_characters, "must be at least 0")
+
+    @property
+    def shortest(self) -> int:
+        """Documents of fewer characters are left out."""
+        if self.min_characters is not None:
+            return self.min_characters
+        return STDLIB_MIN_CHARACTERS if self.sources.source == STDLIB else 0
