@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hub import MemorizingTransformer
-    from .memory import MemoryBank, MemoryConfig
-    from .model import ModelConfig
+    from .memory import MemoryBank
+    from .model import MemoryConfig, ModelConfig
 
 _HOMES = {
     "MemorizingTransformer": ".hub",
     "MemoryBank": ".memory",
-    "MemoryConfig": ".memory",
+    "MemoryConfig": ".model",
     "ModelConfig": ".model",
 }
 

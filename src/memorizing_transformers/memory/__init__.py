@@ -1,0 +1,24 @@
+"""External memory for attention: rings of pairs, their search, attention over what was found.
+
+Plain torch. Knows keys, values, rows and ages, never a particular transformer.
+"""
+
+from .attend import MemoryAttention, attend
+from .bank import STORAGE_DTYPES, MemoryBank, Pairs
+from .cache import XLCache
+from .ring import Memory
+from .search import SEARCHES, Neighbours, Search, make_search
+
+__all__ = [
+    "SEARCHES",
+    "STORAGE_DTYPES",
+    "Memory",
+    "MemoryAttention",
+    "MemoryBank",
+    "Neighbours",
+    "Pairs",
+    "Search",
+    "XLCache",
+    "attend",
+    "make_search",
+]

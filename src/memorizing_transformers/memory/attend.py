@@ -1,0 +1,70 @@
+"""Attention over retrieved pairs.
+
+Shapes: B rows, G key/value heads, Q queries of a head group, K neighbours, M slots, D head width.
+
+Retrieved keys are scored again with live queries: gradient reaches queries (and through them scale
+and gate), never the stored pairs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ring import Memory
+from .search import Neighbours
+
+
+class MemoryAttention(NamedTuple):
+    """The outcome of attending to neighbours."""
+
+    output: Tensor
+    """(B, G, Q, D) fp32, weighted mean of the retrieved values; meaningless where not ``found``."""
+    log_mass: Tensor
+    """(B, G, Q) fp32, log of the summed exponentials of the scores."""
+    weights: Tensor
+    """(B, G, Q, K) fp32 softmax over the neighbours."""
+    found: Tensor
+    """(B, G, Q) bool; False where the row's memory was empty."""
+
+
+def gather_pairs(store: Tensor, slots: Tensor) -> Tensor:
+    """Rows of ``store`` (B, G, M, D) at ``slots`` (B, G, Q, K), as (B, G, Q, K, D)."""
+    batch, groups, size, width = store.shape
+    head = torch.arange(batch * groups, device=slots.device).view(batch, groups, 1, 1)
+    flat = (slots + head * size).flatten()
+    return store.reshape(-1, width).index_select(0, flat).view(*slots.shape, width)
+
+
+def attend(
+    queries: Tensor, memory: Memory, neighbours: Neighbours, bias: Tensor | None = None
+) -> MemoryAttention:
+    """Softmax attention of live queries over their neighbours, in fp32.
+
+    Args:
+        queries: (B, G, Q, D) scaled, so that the inner product with a key is the score.
+        memory: where the neighbours live.
+        neighbours: what the search found.
+        bias: (B, G, Q, K) added to the scores, or None.
+    """
+    slots, valid = neighbours
+    slots = slots.masked_fill(~valid, 0)
+    with torch.no_grad():
+        keys = gather_pairs(memory.keys, slots).float()
+        values = gather_pairs(memory.values, slots).float()
+        # An empty slot may hold anything, and 0 x NaN is NaN. Asking costs a wait on a GPU.
+        if queries.is_cuda or not valid.all():
+            keys.masked_fill_(~valid[..., None], 0.0)
+            values.masked_fill_(~valid[..., None], 0.0)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = (keys @ queries.float()[..., None]).squeeze(-1)
+        if bias is not None:
+            scores = scores + bias
+        found = valid.any(-1)
+        scores = scores.masked_fill(~valid & found[..., None], -torch.inf)
+        log_mass = scores.logsumexp(-1)
+        weights = (scores - log_mass[..., None]).exp()
+        output = (weights[..., None, :] @ values).squeeze(-2)
+    return MemoryAttention(output, log_mass, weights, found)

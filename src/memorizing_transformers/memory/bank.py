@@ -1,0 +1,85 @@
+"""All that a model remembers of B rows: a memory for each memory layer, an XL cache for each layer.
+
+Forward reads a bank and changes nothing; ``commit`` writes a segment, once, after the read;
+``reset`` forgets rows. One bank serves one stage (train, validate, ...): banks are never shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .cache import XLCache
+from .ring import Memory
+
+Pairs = tuple[Tensor, Tensor]
+"""A layer's keys and values of one segment, each (B, G, N, D)."""
+
+
+class MemoryBank:
+    """The state of B rows between two segments.
+
+    Args:
+        batch_size: rows B.
+        memories: by layer index, the memories; layers without one just lack an entry.
+        caches: by layer index, the XL caches.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        memories: Mapping[int, Memory] | None = None,
+        caches: Mapping[int, XLCache] | None = None,
+    ) -> None:
+        self.batch_size = batch_size
+        self.memories = dict(memories or {})
+        self.caches = dict(caches or {})
+
+    def commit(
+        self,
+        pairs: Sequence[Pairs],
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        step: int = 0,
+    ) -> None:
+        """Write one segment into every memory and cache.
+
+        Args:
+            pairs: by layer, what the forward pass of the segment returned.
+            mask: (B, N) bool, True at real tokens; padding stands only at the right. None for all.
+            token_ids: (B, N) the tokens of the segment, kept to explain retrievals later.
+            step: the training step, kept to tell how stale a pair is.
+
+        Raises:
+            ValueError: where ``pairs`` holds another number of rows.
+        """
+        if pairs and pairs[0][0].shape[0] != self.batch_size:
+            raise ValueError(f"a bank of {self.batch_size} rows got {pairs[0][0].shape[0]} rows")
+        for layer, memory in self.memories.items():
+            memory.write(*pairs[layer], mask=mask, token_ids=token_ids, step=step)
+        for layer, cache in self.caches.items():
+            cache.write(*pairs[layer], mask=mask)
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Forget the rows where ``mask`` (B,) bool is True, or all rows: they are as new."""
+        for store in (*self.memories.values(), *self.caches.values()):
+            store.reset(mask)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that defines the bank, by name; the first dimension is the row."""
+        named: dict[str, Tensor] = {}
+        for kind, stores in (("memory", self.memories), ("cache", self.caches)):
+            for layer, store in stores.items():
+                for name, tensor in store.tensors().items():
+                    named[f"{kind}.{layer}.{name}"] = tensor
+        return named
+
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(s.nbytes() for s in (*self.memories.values(), *self.caches.values()))
+
+
+STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What keys and values may be stored in."""

@@ -1,0 +1,81 @@
+"""The Transformer-XL cache of one layer: keys and values of the last W tokens of each row.
+
+Shapes: B rows, G key/value heads, W cached tokens, N tokens of a segment, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class XLCache:
+    """The last W pairs of each row, newest at the right; empty places are masked, never attended.
+
+    Args:
+        batch_size: rows B.
+        num_kv_heads: key/value heads G.
+        size: tokens W kept per row.
+        head_dim: width D.
+        dtype: storage dtype.
+        device: where the pairs live.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        size: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch_size, num_kv_heads, size, head_dim)
+        self.size = size
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,) cached tokens in use: the rightmost ``length`` places."""
+
+    def valid(self) -> Tensor:
+        """(B, W) bool: which places hold a pair."""
+        index = torch.arange(self.size, device=self.length.device)
+        return index >= self.size - self.length[:, None]
+
+    @torch.no_grad()
+    def write(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+        """Shift a segment in: keys and values (B, G, N, D), padding only at the right of ``mask``.
+
+        Args:
+            keys: (B, G, N, D).
+            values: (B, G, N, D).
+            mask: (B, N) bool, True at real tokens, or None for all.
+        """
+        segment = keys.shape[2]
+        if mask is None:
+            count = torch.full_like(self.length, segment)
+        else:
+            count = mask.sum(1)
+        window = count[:, None] + torch.arange(self.size, device=self.length.device)
+        index = window[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        for name, new in (("keys", keys), ("values", values)):
+            old = getattr(self, name)
+            both = torch.cat([old, new.detach().to(old.dtype)], dim=2)
+            setattr(self, name, both.gather(2, index))
+        self.length = (self.length + count).clamp(max=self.size)
+
+    @torch.no_grad()
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Empty the rows where ``mask`` (B,) is True, or all rows."""
+        if mask is None:
+            self.length.zero_()
+        else:
+            self.length.masked_fill_(mask.to(self.length.device), 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that defines the cache, by name; the first dimension is the row."""
+        return {"keys": self.keys, "values": self.values, "length": self.length}
+
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())

@@ -1,0 +1,128 @@
+"""The memory of one layer: for every row a ring of the last M (key, value) pairs of its document.
+
+Shapes: B rows, G key/value heads, M slots, N tokens of a segment, D head width.
+
+A slot costs ``2 * G * D`` numbers in the storage dtype and 12 bytes of bookkeeping (token id,
+position, step). Writing a segment costs O(N) per row, resetting a row O(1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """A first-in, first-out store of detached pairs, never a module and never a buffer.
+
+    A row's pair number ``i`` (counted from its last reset) lives in slot ``i % size``; so the first
+    ``fill`` slots of a row are the ones in use, whatever happened before.
+
+    Args:
+        batch_size: rows B.
+        num_kv_heads: key/value heads G.
+        size: slots M per row.
+        head_dim: width D of a key and of a value.
+        dtype: storage dtype of keys and values.
+        device: where the pairs live.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        size: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        pairs = (batch_size, num_kv_heads, size, head_dim)
+        slots = (batch_size, size)
+        self.size = size
+        self.keys = torch.zeros(pairs, dtype=dtype, device=device)
+        self.values = torch.zeros(pairs, dtype=dtype, device=device)
+        self.token_ids = torch.zeros(slots, dtype=torch.int32, device=device)
+        """(B, M) the token that a slot's pair was computed from."""
+        self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
+        """(B, M) its offset in its document, in tokens."""
+        self.steps = torch.zeros(slots, dtype=torch.int32, device=device)
+        """(B, M) the training step whose weights wrote it."""
+        self.written = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,) pairs written since the row's last reset."""
+        self._most_written = 0
+
+    @property
+    def fill(self) -> Tensor:
+        """(B,) slots in use."""
+        return self.written.clamp(max=self.size)
+
+    @property
+    def max_fill(self) -> int:
+        """An upper bound of ``fill`` over the rows, known without waiting for the device."""
+        return min(self._most_written, self.size)
+
+    def valid(self, slots: int | None = None) -> Tensor:
+        """(B, slots) bool: which of the first ``slots`` slots (default all) hold a pair."""
+        index = torch.arange(self.size if slots is None else slots, device=self.written.device)
+        return index < self.fill[:, None]
+
+    def age(self) -> Tensor:
+        """(B, M) int64: pairs written to the row since the slot's own, 0 for the newest one."""
+        newest = self.written[:, None] - 1
+        return (newest - torch.arange(self.size, device=newest.device)) % self.size
+
+    @torch.no_grad()
+    def write(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        step: int = 0,
+    ) -> None:
+        """Append a segment's pairs, overwriting the oldest.
+
+        Args:
+            keys: (B, G, N, D), as the layer used them (normalised where it normalises).
+            values: (B, G, N, D).
+            mask: (B, N) bool, True at real tokens, or None for all; the rest is not written.
+            token_ids: (B, N) the tokens behind the pairs.
+            step: the training step that computed them.
+        """
+        batch, _, segment, _ = keys.shape
+        device = self.written.device
+        if mask is None:
+            mask = torch.ones(batch, segment, dtype=torch.bool, device=device)
+        order = mask.cumsum(1) - 1
+        count = order[:, -1] + 1
+        position = self.written[:, None] + order
+        kept = mask & (order >= count[:, None] - self.size)
+        rows, tokens = kept.nonzero(as_tuple=True)
+        positions = position[rows, tokens]
+        slots = positions % self.size
+        self.keys[rows, :, slots] = keys.detach()[rows, :, tokens].to(self.keys.dtype)
+        self.values[rows, :, slots] = values.detach()[rows, :, tokens].to(self.values.dtype)
+        self.positions[rows, slots] = positions.to(torch.int32)
+        self.steps[rows, slots] = step
+        if token_ids is not None:
+            self.token_ids[rows, slots] = token_ids[rows, tokens].to(torch.int32)
+        self.written += count
+        self._most_written += segment
+
+    @torch.no_grad()
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Empty the rows where ``mask`` (B,) is True, or all rows."""
+        if mask is None:
+            self.written.zero_()
+            self._most_written = 0
+        else:
+            self.written.masked_fill_(mask.to(self.written.device), 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that defines the memory, by name; the first dimension is the row."""
+        names = ("keys", "values", "token_ids", "positions", "steps", "written")
+        return {name: getattr(self, name) for name in names}
+
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())

@@ -1,0 +1,17 @@
+"""The slow and obvious search that all others are held against. Never optimise it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ring import Memory
+from . import Neighbours
+
+
+def reference_search(queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    """Score every slot in fp32, mask the empty ones, take the best ``top_k``."""
+    scores = queries.float() @ memory.keys.float().transpose(-1, -2)
+    scores = scores.masked_fill(~memory.valid()[:, None, None, :], -torch.inf)
+    best = scores.topk(top_k, dim=-1)
+    return Neighbours(slots=best.indices, valid=best.values > -torch.inf)

@@ -1,0 +1,217 @@
+"""Causal self-attention over a segment, its XL cache and, in a memory layer, retrieved pairs.
+
+Shapes: B rows, N segment, W cached tokens, S = W + N keys, H query heads, G key/value heads,
+R = H / G query heads a key/value head, D head width, K neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..memory import Memory, MemoryAttention, Pairs, Search, XLCache, attend
+from .bias import LocalBias, MemoryBias
+from .config import ModelConfig
+
+
+class Retrieval(NamedTuple):
+    """What a memory layer retrieved for one segment, detached."""
+
+    slots: Tensor
+    """(B, H, N, K) int64 slots of the row's memory, best first; meaningless where not ``valid``."""
+    valid: Tensor
+    """(B, H, N, K) bool."""
+    weights: Tensor
+    """(B, H, N, K) softmax over the neighbours."""
+    share: Tensor
+    """(B, H, N) share of the layer's output that comes from the memory."""
+    queries: Tensor
+    """(B, H, N, D) what was searched for."""
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Unit length over the last dimension, in fp32: ``x * rsqrt(sum(x^2) + 1e-6)``."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with T5 bias, QK normalisation, grouped heads and an XL cache.
+
+    Args:
+        config: the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.kv_heads
+        self.head_dim = config.head_width
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.query = nn.Linear(config.d_model, width, bias=False)
+        self.key = nn.Linear(config.d_model, kv_width, bias=False)
+        self.value = nn.Linear(config.d_model, kv_width, bias=False)
+        self.output = nn.Linear(width, config.d_model, bias=False)
+        self.bias = LocalBias(self.num_heads, config.relative_buckets, config.relative_max_distance)
+        self.scale: nn.Parameter | None = None
+        if config.qk_norm:
+            self.scale = nn.Parameter(torch.full((self.num_heads,), config.qk_scale_init))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, D), scaled, and keys and values (B, G, N, D) of hidden states x."""
+        q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.key(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.value(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.scale is None:
+            return q * self.head_dim**-0.5, k, v
+        return normalize(q) * self.scale.abs()[:, None, None], normalize(k), v
+
+    def local(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: XLCache | None, with_mass: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to the cache and causally to the segment.
+
+        Args:
+            q: (B, H, N, D) scaled queries.
+            k: (B, G, N, D) keys.
+            v: (B, G, N, D) values.
+            cache: the layer's XL cache, or None.
+            with_mass: also return the log of the summed exponentials of the scores.
+
+        Returns:
+            output (B, H, N, D) and log mass (B, H, N) fp32 or None.
+        """
+        segment = q.shape[2]
+        allowed = torch.ones(segment, segment, dtype=torch.bool, device=q.device).tril()
+        if cache is not None and cache.size:
+            k = torch.cat([cache.keys.to(k.dtype), k], dim=2)
+            v = torch.cat([cache.values.to(v.dtype), v], dim=2)
+            past = cache.valid()[:, None, None, :].expand(-1, 1, segment, -1)
+            allowed = torch.cat([past, allowed.expand(past.shape[0], 1, -1, -1)], dim=-1)
+        k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+        v = v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+        mask = self.bias(segment, k.shape[2]).masked_fill(~allowed, -torch.inf)
+        if not with_mass:
+            mask = mask.to(v.dtype).expand(q.shape[0], -1, -1, -1)
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0), None
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ k.float().transpose(-1, -2) + mask
+            log_mass = scores.logsumexp(-1)
+            return (scores - log_mass[..., None]).exp() @ v.float(), log_mass
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """Project the heads' outputs (B, H, N, D) to (B, N, d_model)."""
+        return self.output(heads.transpose(1, 2).flatten(-2))
+
+    def forward(
+        self, x: Tensor, cache: XLCache | None = None, memory: Memory | None = None
+    ) -> tuple[Tensor, Pairs, Retrieval | None]:
+        """Attend; reads ``cache`` and changes nothing.
+
+        Returns:
+            the output (B, N, d_model), the segment's pairs to commit, and no retrieval.
+        """
+        q, k, v = self.project(x)
+        heads, _ = self.local(q, k, v, cache)
+        return self.merge(heads), (k.detach(), v.detach()), None
+
+
+class MemoryLayerAttention(Attention):
+    """Attention that also reaches the row's memory.
+
+    Each head's queries, the same ones that serve local attention, retrieve ``top_k`` pairs of their
+    row and key/value head. The output is ``share * memory + (1 - share) * local``; where the memory
+    is empty the share is 0, so the layer is plain local attention. Wu et al., 2022, section 3.1.
+
+    Args:
+        config: the model.
+        search: how neighbours are found.
+    """
+
+    def __init__(self, config: ModelConfig, search: Search) -> None:
+        super().__init__(config)
+        memory = config.memory
+        self.search = search
+        self.top_k = memory.top_k
+        self.combine = memory.combine
+        self.fixed_value = memory.fixed_value
+        gate_logit = torch.logit(torch.tensor(memory.gate_init)).item()
+        self.gate: nn.Parameter | nn.Linear | None = None
+        if self.combine == "gate":
+            self.gate = nn.Parameter(torch.full((self.num_heads,), gate_logit))
+        elif self.combine == "content":
+            self.gate = nn.Linear(config.d_model, self.num_heads)
+            nn.init.constant_(self.gate.bias, gate_logit)
+        self.memory_bias: MemoryBias | None = None
+        if memory.position_bias != "none":
+            self.memory_bias = MemoryBias(
+                memory.position_bias, self.num_heads, memory.bias_buckets, memory.bias_max_distance
+            )
+
+    def memory_parameters(self) -> list[nn.Parameter]:
+        """The parameters that only matter while there is a memory."""
+        parameters = [self.gate] if isinstance(self.gate, nn.Parameter) else []
+        for module in (self.gate, self.memory_bias):
+            if isinstance(module, nn.Module):
+                parameters += list(module.parameters())
+        return parameters
+
+    def retrieve(self, q: Tensor, memory: Memory) -> tuple[MemoryAttention, Tensor, Tensor]:
+        """Search with detached queries, attend with live ones.
+
+        Args:
+            q: (B, H, N, D) scaled queries.
+            memory: the layer's memory.
+
+        Returns:
+            the attention with its head dimensions as (B, H, N, ...), slots and their validity
+            (B, H, N, K).
+        """
+        batch, _, segment, width = q.shape
+        grouped = q.reshape(batch, self.num_kv_heads, -1, width)
+        neighbours = self.search(grouped.detach(), memory, self.top_k)
+        shape = (batch, self.num_heads, segment)
+        slots, valid = (x.reshape(*shape, -1) for x in neighbours)
+        bias = None
+        if self.memory_bias is not None:
+            row = torch.arange(batch, device=q.device)[:, None, None, None]
+            safe = slots.masked_fill(~valid, 0)
+            here = memory.written[:, None] + torch.arange(segment, device=q.device)
+            distance = here[:, None, :, None] - memory.positions[row, safe]
+            bias = self.memory_bias(distance, memory.age()[row, safe], memory.size)
+            bias = bias.reshape(*grouped.shape[:3], -1)
+        found = attend(grouped, memory, neighbours, bias)
+        return MemoryAttention(*(x.reshape(*shape, *x.shape[3:]) for x in found)), slots, valid
+
+    def share(self, x: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+        """Share of the memory, broadcastable to (B, H, N), before empty memories are excused."""
+        if self.combine == "joint":
+            assert local_mass is not None
+            # One softmax over both sets weighs each set's own softmax by its part of the mass.
+            return torch.sigmoid(memory_mass - local_mass)
+        if self.combine == "fixed":
+            return torch.full_like(memory_mass, self.fixed_value)
+        if isinstance(self.gate, nn.Linear):
+            return torch.sigmoid(self.gate(x).float()).transpose(1, 2)
+        assert self.gate is not None
+        return torch.sigmoid(self.gate.float())[:, None]
+
+    def forward(
+        self, x: Tensor, cache: XLCache | None = None, memory: Memory | None = None
+    ) -> tuple[Tensor, Pairs, Retrieval | None]:
+        """Attend; reads ``cache`` and ``memory`` and changes neither."""
+        q, k, v = self.project(x)
+        pairs = (k.detach(), v.detach())
+        if memory is None:
+            heads, _ = self.local(q, k, v, cache)
+            return self.merge(heads), pairs, None
+        local, local_mass = self.local(q, k, v, cache, with_mass=self.combine == "joint")
+        found, slots, valid = self.retrieve(q, memory)
+        share = self.share(x, local_mass, found.log_mass) * found.found
+        heads = local + share[..., None] * (found.output - local)
+        retrieval = Retrieval(slots, valid, found.weights.detach(), share.detach(), q.detach())
+        return self.merge(heads.to(v.dtype)), pairs, retrieval

@@ -1,0 +1,93 @@
+"""Relative position biases.
+
+Shapes: H heads, N queries, S keys, K neighbours, M slots.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+    """The bucket of a distance >= 0: half of them exact, the rest spaced by logarithm.
+
+    Raffel et al., 2020 (T5), causal form: with 32 buckets and ``max_distance`` 128, distances 0 to 15
+    have a bucket each, then buckets begin at 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77,
+    87, 99 and 113.
+
+    Args:
+        distance: integers, how many tokens the key lies before the query.
+        num_buckets: buckets in all.
+        max_distance: from here on the last bucket.
+    """
+    exact = num_buckets // 2
+    distance = distance.clamp(min=0)
+    ratio = (distance.clamp(min=1).double() / exact).log() / math.log(max_distance / exact)
+    # The epsilon keeps distances that are exact powers on their own side of the boundary.
+    coarse = exact + (ratio * (num_buckets - exact) + 1e-9).floor().long()
+    return torch.where(distance < exact, distance, coarse.clamp(max=num_buckets - 1))
+
+
+class LocalBias(nn.Module):
+    """T5 bias on local attention, one table a layer.
+
+    Args:
+        num_heads: heads H.
+        num_buckets: buckets of ``t5_bucket``.
+        max_distance: its last boundary.
+    """
+
+    def __init__(self, num_heads: int, num_buckets: int, max_distance: int) -> None:
+        super().__init__()
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.table = nn.Embedding(num_buckets, num_heads)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, num_queries: int, num_keys: int) -> Tensor:
+        """(H, N, S) for the last ``num_queries`` of ``num_keys`` consecutive tokens.
+
+        A key behind its query gets bucket 0; the causal mask hides it.
+        """
+        # Windows over one vector of distances: the backward pass sums S + N - 1 rows, not N * S.
+        distance = torch.arange(num_keys - 1, -num_queries, -1, device=self.table.weight.device)
+        bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
+        by_distance = self.table(bucket).t()
+        return by_distance.unfold(1, num_keys, 1).flip(1)
+
+
+class MemoryBias(nn.Module):
+    """Bias on retrieved pairs, by distance in tokens (``t5``) or by age (``learned-absolute``).
+
+    Args:
+        kind: t5 or learned-absolute.
+        num_heads: heads H.
+        num_buckets: buckets of the table.
+        max_distance: with t5, the distance from which on the last bucket serves.
+    """
+
+    def __init__(self, kind: str, num_heads: int, num_buckets: int, max_distance: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.table = nn.Embedding(num_buckets, num_heads)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, distance: Tensor, age: Tensor, size: int) -> Tensor:
+        """Bias of each retrieved pair.
+
+        Args:
+            distance: (B, H, N, K) tokens between the query and the pair.
+            age: (B, H, N, K) pairs written since, below ``size``.
+            size: slots M of the memory; ages are cut in ``num_buckets`` equal parts of it.
+        """
+        if self.kind == "t5":
+            bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
+        else:
+            bucket = (age * self.num_buckets // size).clamp(0, self.num_buckets - 1)
+        head = torch.arange(self.table.weight.shape[1], device=bucket.device)[:, None, None]
+        return self.table.weight[bucket, head]

@@ -1,0 +1,184 @@
+"""What a model is made of. Every ablation of the paper is one value here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from ..memory import SEARCHES, STORAGE_DTYPES
+
+
+def _choose(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(key, value, f"must be one of {', '.join(choices)}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(key, value, f"must be at least {least}")
+
+
+@dataclass
+class MemoryConfig:
+    """The external memory and how a layer uses it.
+
+    Args:
+        size: slots per row and key/value head; 0 switches the memory off. A run-time choice: a model
+            trained with one size can be tested with another.
+        top_k: neighbours that each query retrieves.
+        layers: indices of the layers that reach the memory, counted from 0, negative from the end;
+            [] builds a model without memory. The default is one layer three quarters of the way up.
+        search: exact, bucketed (approximate, one pass) or reference (slow and obvious).
+        recall_target: expected share of the true neighbours that an approximate search returns.
+        combine: how memory and local attention are joined: gate (a learned number per head), fixed
+            (fixed_value for all), content (computed from the token's hidden state), joint (one
+            softmax over neighbours and local keys).
+        fixed_value: share of the memory with combine=fixed, in [0, 1].
+        gate_init: initial share of the memory with combine=gate or content, in (0, 1).
+        position_bias: bias on retrieved pairs: none, t5 (relative distance in tokens) or
+            learned-absolute (by age in the memory).
+        bias_buckets: buckets of that bias.
+        bias_max_distance: distance in tokens from which on t5 uses the last bucket.
+        dtype: storage of keys and values: float32 or bfloat16. A run-time choice.
+    """
+
+    size: int = 8192
+    top_k: int = 32
+    layers: list[int] | None = None
+    search: Literal["exact", "bucketed", "reference"] = "exact"
+    recall_target: float = 0.95
+    combine: Literal["gate", "fixed", "content", "joint"] = "gate"
+    fixed_value: float = 0.5
+    gate_init: float = 0.5
+    position_bias: Literal["none", "t5", "learned-absolute"] = "none"
+    bias_buckets: int = 32
+    bias_max_distance: int = 65536
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    RUNTIME = ("size", "top_k", "search", "recall_target", "dtype", "fixed_value", "gate_init")
+    """Fields that may differ between the run that wrote a checkpoint and the run that reads it."""
+
+    def validate(self, prefix: str = "model.memory.") -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: naming the field and what would do.
+        """
+        _at_least(prefix + "size", self.size, 0)
+        _at_least(prefix + "top_k", self.top_k, 1)
+        if 0 < self.size < self.top_k:
+            remedy = f"must be at most {prefix}size ({self.size})"
+            raise ConfigError(prefix + "top_k", self.top_k, remedy)
+        _choose(prefix + "search", self.search, SEARCHES)
+        _choose(prefix + "combine", self.combine, ("gate", "fixed", "content", "joint"))
+        _choose(prefix + "position_bias", self.position_bias, ("none", "t5", "learned-absolute"))
+        _choose(prefix + "dtype", self.dtype, tuple(STORAGE_DTYPES))
+        if not 0 < self.recall_target < 1:
+            remedy = "must lie between 0 and 1; search=exact finds all"
+            raise ConfigError(prefix + "recall_target", self.recall_target, remedy)
+        if not 0 <= self.fixed_value <= 1:
+            raise ConfigError(prefix + "fixed_value", self.fixed_value, "must lie in [0, 1]")
+        if not 0 < self.gate_init < 1:
+            raise ConfigError(prefix + "gate_init", self.gate_init, "must lie between 0 and 1")
+        _at_least(prefix + "bias_buckets", self.bias_buckets, 4)
+        _at_least(prefix + "bias_max_distance", self.bias_max_distance, self.bias_buckets)
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer with memory.
+
+    Args:
+        vocab_size: tokens V that the model knows; None for the tokenizer's.
+        d_model: width of the residual stream.
+        num_layers: transformer layers.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads G, a divisor of num_heads; None for num_heads.
+        head_dim: width D of a head; None for d_model / num_heads.
+        d_ff: width of the feed-forward layers; None for 4 * d_model.
+        dropout: probability, on the embedding and on every layer's outputs.
+        xl_cache: tokens of Transformer-XL cache in every layer, usually the segment length; 0 for
+            none. A run-time choice.
+        qk_norm: normalise queries and keys and learn a scale per head.
+        qk_scale_init: initial value of that scale.
+        relative_buckets: buckets of the T5 bias on local attention.
+        relative_max_distance: distance in tokens from which on it uses the last bucket.
+        activation_checkpointing: recompute layers in the backward pass; retrieval is not repeated.
+        memory: the external memory.
+    """
+
+    vocab_size: int | None = None
+    d_model: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    dropout: float = 0.0
+    xl_cache: int = 0
+    qk_norm: bool = True
+    qk_scale_init: float = 8.0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    activation_checkpointing: bool = False
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    RUNTIME = ("xl_cache", "dropout", "activation_checkpointing", "qk_scale_init", "memory")
+    """Fields that may differ between the run that wrote a checkpoint and the run that reads it."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.memory, dict):
+            self.memory = MemoryConfig(**self.memory)
+        for key in ("d_model", "num_layers", "num_heads"):
+            _at_least(f"model.{key}", getattr(self, key), 1)
+        for key in ("vocab_size", "num_kv_heads", "head_dim", "d_ff"):
+            if getattr(self, key) is not None:
+                _at_least(f"model.{key}", getattr(self, key), 1)
+        _at_least("model.xl_cache", self.xl_cache, 0)
+        _at_least("model.relative_buckets", self.relative_buckets, 4)
+        _at_least("model.relative_max_distance", self.relative_max_distance, self.relative_buckets)
+        if self.head_dim is None and self.d_model % self.num_heads:
+            remedy = f"must divide model.d_model ({self.d_model}), or set model.head_dim"
+            raise ConfigError("model.num_heads", self.num_heads, remedy)
+        if self.num_heads % self.kv_heads:
+            remedy = f"must divide model.num_heads ({self.num_heads})"
+            raise ConfigError("model.num_kv_heads", self.num_kv_heads, remedy)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("model.dropout", self.dropout, "must lie in [0, 1)")
+        self.memory.validate()
+        for layer in self.memory.layers or []:
+            if not -self.num_layers <= layer < self.num_layers:
+                remedy = f"each must lie between 0 and {self.num_layers - 1}, or count from -1 down"
+                raise ConfigError("model.memory.layers", self.memory.layers, remedy)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads G."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width D of a head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def ff_width(self) -> int:
+        """Width of the feed-forward layers."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """The layers that reach the memory, ascending, counted from 0."""
+        if self.memory.layers is None:
+            return (math.ceil(0.75 * self.num_layers) - 1,)
+        return tuple(sorted({layer % self.num_layers for layer in self.memory.layers}))
+
+    def architecture(self) -> dict[str, Any]:
+        """What the shapes and the meaning of the weights depend on, without run-time choices."""
+        fields = {k: v for k, v in vars(self).items() if k not in self.RUNTIME}
+        fields.update(num_kv_heads=self.kv_heads, head_dim=self.head_width, d_ff=self.ff_width)
+        memory = {k: v for k, v in vars(self.memory).items() if k not in MemoryConfig.RUNTIME}
+        memory["layers"] = list(self.memory_layers)
+        return {**fields, **{f"memory.{key}": value for key, value in memory.items()}}

@@ -1,0 +1,193 @@
+"""The transformer: plain torch, no trainer, no tokenizer.
+
+Shapes: B rows, N segment, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ConfigError
+from ..memory import STORAGE_DTYPES, Memory, MemoryBank, Pairs, XLCache, make_search
+from .attention import Attention, MemoryLayerAttention, Retrieval
+from .config import ModelConfig
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class ModelOutput:
+    """What a forward pass returns."""
+
+    logits: Tensor
+    """(B, N, V)."""
+    pairs: list[Pairs]
+    """By layer the segment's keys and values, detached, for ``MemoryBank.commit``."""
+    retrievals: dict[int, Retrieval] = field(default_factory=dict)
+    """By memory layer what was retrieved; empty without a memory."""
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward.
+
+    Args:
+        config: the model.
+        attention: the layer's attention.
+    """
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.attention = attention
+        self.feed_forward = nn.Sequential(
+            nn.RMSNorm(config.d_model, eps=1e-6),
+            nn.Linear(config.d_model, config.ff_width, bias=False),
+            nn.ReLU(),
+            nn.Linear(config.ff_width, config.d_model, bias=False),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.recompute = config.activation_checkpointing
+
+    def forward(
+        self, x: Tensor, cache: XLCache | None, memory: Memory | None
+    ) -> tuple[Tensor, Pairs, Retrieval | None]:
+        """One layer on hidden states x (B, N, d_model)."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        attend = self._attend
+        if recompute and memory is None:
+            attended, pairs, retrieval = checkpoint(attend, x, cache, memory, use_reentrant=False)
+        else:
+            # A search is dear and its outcome small: keep it rather than search twice.
+            attended, pairs, retrieval = attend(x, cache, memory)
+        x = x + self.dropout(attended)
+        if recompute:
+            fed = checkpoint(self.feed_forward, x, use_reentrant=False)
+        else:
+            fed = self.feed_forward(x)
+        return x + self.dropout(fed), pairs, retrieval
+
+    def _attend(
+        self, x: Tensor, cache: XLCache | None, memory: Memory | None
+    ) -> tuple[Tensor, Pairs, Retrieval | None]:
+        return self.attention(self.attention_norm(x), cache, memory)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model whose memory layers reach far back.
+
+    Forward reads a ``MemoryBank`` and changes nothing; ``bank.commit(output.pairs)`` writes.
+
+    Args:
+        config: the model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size", None, "must be set before the model is built")
+        self.config = config
+        search = make_search(config.memory.search, config.memory.recall_target)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            Layer(
+                config,
+                MemoryLayerAttention(config, search)
+                if layer in config.memory_layers
+                else Attention(config),
+            )
+            for layer in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Embedding N(0, 1); dense kernels truncated normal with variance 1 / fan-in.
+
+        Each weight's start depends on the seed and its own name alone, so that two variants of a
+        model begin alike in all that they share.
+        """
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear | nn.Embedding):
+                continue
+            generator = torch.Generator().manual_seed(torch.initial_seed() + crc32(name.encode()))
+            if isinstance(module, nn.Linear):
+                # 0.8796 is the standard deviation of a unit normal cut at two sigma.
+                std = module.in_features**-0.5 / 0.8796
+                nn.init.trunc_normal_(
+                    module.weight, std=std, a=-2 * std, b=2 * std, generator=generator
+                )
+            elif module is self.embedding:
+                nn.init.normal_(module.weight, generator=generator)
+
+    def memory_parameters(self) -> list[nn.Parameter]:
+        """The parameters that only matter while there is a memory (gates and their biases)."""
+        attentions = [layer.attention for layer in self.layers]
+        found: list[nn.Parameter] = []
+        for attention in attentions:
+            if isinstance(attention, MemoryLayerAttention):
+                found += attention.memory_parameters()
+        return found
+
+    def new_memory(self, batch_size: int, device: torch.device | str | None = None) -> MemoryBank:
+        """An empty bank for ``batch_size`` rows, of the configured size, on the model's device."""
+        config = self.config
+        device = device or self.embedding.weight.device
+        dtype = STORAGE_DTYPES[config.memory.dtype]
+        shape = (batch_size, config.kv_heads)
+        memories = {}
+        if config.memory.size:
+            memories = {
+                layer: Memory(*shape, config.memory.size, config.head_width, dtype, device)
+                for layer in config.memory_layers
+            }
+        caches = {}
+        if config.xl_cache:
+            caches = {
+                layer: XLCache(*shape, config.xl_cache, config.head_width, torch.float32, device)
+                for layer in range(config.num_layers)
+            }
+        return MemoryBank(batch_size, memories, caches)
+
+    def forward(self, input_ids: Tensor, memory: MemoryBank | None = None) -> ModelOutput:
+        """Read a segment.
+
+        Padding may stand at the right of a row: nothing before it sees it; leave it out when
+        committing.
+
+        Args:
+            input_ids: (B, N) int64.
+            memory: the bank of these B rows, or None for plain attention within the segment.
+        """
+        bank = memory or MemoryBank(input_ids.shape[0])
+        x = self.dropout(self.embedding(input_ids))
+        pairs: list[Pairs] = []
+        retrievals: dict[int, Retrieval] = {}
+        for index, layer in enumerate(self.layers):
+            x, pair, retrieval = layer(x, bank.caches.get(index), bank.memories.get(index))
+            pairs.append(pair)
+            if retrieval is not None:
+                retrievals[index] = retrieval
+        x = self.dropout(self.norm(x)) * self.config.d_model**-0.5
+        return ModelOutput(F.linear(x, self.embedding.weight), pairs, retrievals)
+
+    @staticmethod
+    def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Negative log-likelihood in fp32 over counted tokens.
+
+        Args:
+            logits: (B, N, V).
+            targets: (B, N) int64, -100 where nothing counts.
+            reduction: mean over counted tokens, sum, or none for (B, N).
+        """
+        flat = logits.float().flatten(0, 1)
+        loss = F.cross_entropy(
+            flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+        )
+        return loss.view_as(targets) if reduction == "none" else loss

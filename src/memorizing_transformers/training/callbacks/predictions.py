@@ -1,0 +1,82 @@
+"""Per-token predictions as a Parquet file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from ...data.batch import IGNORE_INDEX
+
+SCHEMA = pa.schema(
+    [
+        ("document", pa.string()),
+        ("position", pa.int64()),
+        ("token", pa.list_(pa.int32())),
+        ("loss", pa.list_(pa.float32())),
+        ("correct", pa.list_(pa.bool_())),
+    ]
+)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes one record a segment: its document, the offset of its first predicted token, and for
+    every predicted token its id, its loss in nats and whether it was the most likely one.
+
+    Args:
+        path: the file; rank r > 0 writes ``stem.rank-r.parquet`` beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("batch")
+        self.path = path
+        self._writer: pq.ParquetWriter | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the file."""
+        if trainer.global_rank:
+            self.path = self.path.with_suffix(f".rank-{trainer.global_rank}.parquet")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self.path, SCHEMA)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append a batch's rows, without padding and idle rows."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        names = datamodule.predict_store.names
+        records = []
+        for row, document in enumerate(prediction["document"].tolist()):
+            counted = prediction["target"][row] != IGNORE_INDEX
+            if document < 0 or not counted.any():
+                continue
+            records.append(
+                {
+                    "document": names[document],
+                    "position": int(prediction["position"][row]) + 1,
+                    "token": prediction["target"][row][counted].tolist(),
+                    "loss": prediction["loss"][row][counted].tolist(),
+                    "correct": prediction["correct"][row][counted].tolist(),
+                }
+            )
+        assert self._writer is not None
+        if records:
+            self._writer.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            print(f"predictions: {self.path}")

@@ -1,0 +1,146 @@
+"""``python train.py {fit,validate,test,predict} --config FILE [--key value]``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ..data.datamodule import DocumentDataModule
+from ..errors import UserError
+from .callbacks import PredictionWriter
+from .module import MemorizingLM
+from .report import final_report
+from .runs import resolve_checkpoint, run_folder
+
+
+def one_line(message: str) -> str:
+    """A parser's message without its line breaks."""
+    return re.sub(r"\s*\n\s*", " ", message).strip()
+
+
+def suggest(message: str, known: Iterable[str]) -> str:
+    """The message, with the nearest known key behind an unknown one."""
+    match = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)", message) or re.search(
+        r"(?:Key|Option|Subkey|key) ['\"]?([\w.]+)['\"]? is not expected", message
+    )
+    if not match:
+        match = re.search(
+            r"(?:does not accept|not accept(?:ed)?|[Uu]nexpected)[^'\"]*['\"]([\w.]+)", message
+        )
+    if not match:
+        return message
+    unknown = match[1]
+    keys = list(known)
+    near = difflib.get_close_matches(unknown, keys, n=1, cutoff=0.6)
+    if not near:
+        tails = {key.rsplit(".", 1)[-1]: key for key in keys}
+        tail = difflib.get_close_matches(unknown.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.6)
+        near = [tails[name] for name in tail]
+    return f"{message}; did you mean {near[0]}?" if near else message
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, with the nearest known key, and exits with 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A prefix of a key is a mistake, not a short form.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print ``error: ...`` and leave."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [action.dest for action in parser._actions if "." in action.dest]
+        print(f"error: {suggest(one_line(message), known)}", file=sys.stderr)
+        sys.exit(2)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved config beside a training run; other commands leave it alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` into the run's folder."""
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class MemoryCLI(LightningCLI):
+    """LightningCLI with the project's run folders, final table and one-line errors."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            MemorizingLM,
+            DocumentDataModule,
+            parser_class=Parser,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs/default"},
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the project's own top-level keys."""
+        parser.add_argument(
+            "--final_report",
+            type=bool,
+            default=False,
+            help="after fit, test the weights with memory and with memory switched off and print "
+            "a table",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        # The stock method merges a checkpoint's hyper-parameters over the command line, so a test
+        # with a larger memory would silently use the old one. What a checkpoint may not change is
+        # checked when it is loaded.
+        if not self.config.get("subcommand"):
+            return
+        options = self.config[self.config.subcommand]
+        options["ckpt_path"] = resolve_checkpoint(
+            options.get("ckpt_path"), options.trainer.default_root_dir
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log to the run's folder; a resumed run goes on in the folder of its checkpoint."""
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        root = Path(config["trainer"]["default_root_dir"])
+        if self.subcommand and config["trainer"]["logger"] in (None, True):
+            folder = run_folder(root, self.subcommand, config.get("ckpt_path"))
+            kwargs["logger"] = TensorBoardLogger(folder.parent, name="", version=folder.name)
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.loggers:
+            trainer.callbacks.insert(0, LearningRateMonitor("step"))
+        return trainer
+
+    def before_predict(self) -> None:
+        """Write predictions to a file instead of holding them."""
+        folder = self.trainer.log_dir or self.trainer.default_root_dir
+        self.trainer.callbacks.append(PredictionWriter(Path(folder) / "predictions.parquet"))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Run prediction; nothing is kept in RAM."""
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+
+    def after_fit(self) -> None:
+        """Print the final table."""
+        if self.config.fit.final_report and not self.trainer.fast_dev_run:
+            final_report(self.trainer, self.model, self.datamodule)
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user's end it with one line and exit code 2."""
+    try:
+        MemoryCLI()
+    except UserError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,233 @@
+"""The LightningModule: reads a segment, takes its loss, commits it to the stage's bank.
+
+One batch is one segment of every row. The order within a step is fixed: the clearing callback
+empties the rows that begin a document, forward reads, readers observe, commit writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from ..data.batch import Batch
+from ..errors import ConfigError, UserError
+from ..memory import MemoryBank
+from ..model import ModelConfig, ModelOutput, Transformer
+from .callbacks import MemoryClearing, StalenessLogging, Throughput
+from .metrics import language_model_metrics
+from .optimizers import OptimizerConfig, make_optimizer, make_schedule
+
+Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
+"""Called between read and commit of a training step."""
+
+ARCHITECTURE_KEY = "architecture"
+"""Where a checkpoint keeps what its weights mean."""
+
+
+class MemorizingLM(LightningModule):
+    """Trains and tests a ``Transformer`` with one memory bank per stage.
+
+    Banks are plain attributes: as buffers, DDP would copy rank 0's to all ranks.
+
+    Args:
+        optimizer: optimiser and schedule.
+        staleness_every_n_steps: training steps between two measurements of staleness; 0 for never.
+        settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (never changed)
+        staleness_every_n_steps: int = 50,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        config = ModelConfig(**settings)
+        optimizer.validate()
+        self.config = config
+        self.optimizer_config = optimizer
+        self.staleness_every_n_steps = staleness_every_n_steps
+        self.net: Transformer | None = None
+        self.banks: dict[str, MemoryBank] = {}
+        """By stage (train, validate, test, predict): the memory of this rank's rows."""
+        self.readers: list[Reader] = []
+        self.train_metrics = language_model_metrics("train/")
+        self.val_metrics = language_model_metrics("val/")
+        self.test_metrics = language_model_metrics("test/")
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Clearing, staleness and throughput come with the module."""
+        return [
+            MemoryClearing(),
+            StalenessLogging(self.staleness_every_n_steps),
+            Throughput(),
+        ]
+
+    def setup(self, stage: str) -> None:
+        """Refuse to start where nobody clears the memory.
+
+        Raises:
+            UserError: where the clearing callback was removed.
+        """
+        self.banks.clear()
+        callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
+        if not any(isinstance(callback, MemoryClearing) for callback in callbacks):
+            raise UserError(
+                "trainer.callbacks: no MemoryClearing among them, so a document would read its "
+                "neighbour's memory; let MemorizingLM.configure_callbacks return it"
+            )
+
+    def configure_model(self) -> None:
+        """Build the network once the vocabulary is known."""
+        if self.net is not None:
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        needed = getattr(datamodule, "vocab_size", None)
+        if needed is not None:
+            if self.config.vocab_size is None:
+                self.config.vocab_size = needed
+            elif self.config.vocab_size < needed:
+                remedy = f"the tokenizer has {needed} tokens; leave it out or raise it"
+                raise ConfigError("model.vocab_size", self.config.vocab_size, remedy)
+        self.net = Transformer(self.config)
+        if not self.config.memory.size:
+            # Without a memory these take no part, and DDP waits for every gradient it expects.
+            for parameter in self.net.memory_parameters():
+                parameter.requires_grad_(False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimiser, its schedule stepped every optimiser step."""
+        assert self.net is not None
+        optimizer = make_optimizer(self.net, self.optimizer_config)
+        schedule = make_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
+        }
+
+    def prepare_bank(self, stage: str, batch: Batch) -> MemoryBank:
+        """The stage's bank, made at its first batch, with this batch's new documents cleared."""
+        assert self.net is not None
+        if stage not in self.banks:
+            self.banks[stage] = self.net.new_memory(batch.input_ids.shape[0], self.device)
+        self.banks[stage].reset(batch.reset)
+        return self.banks[stage]
+
+    def read(self, stage: str, batch: Batch) -> tuple[ModelOutput, Tensor]:
+        """Forward with the stage's memory; changes nothing.
+
+        Returns:
+            the output and the loss of every token (B, N) in fp32, 0 where padded.
+        """
+        assert self.net is not None
+        output: ModelOutput = self.net(batch.input_ids, self.banks[stage])
+        return output, self.net.loss(output.logits, batch.targets, reduction="none")
+
+    def commit(self, stage: str, batch: Batch, output: ModelOutput) -> None:
+        """Write the segment to the stage's memory, once, after the read."""
+        bank = self.banks[stage]
+        bank.commit(output.pairs, batch.mask, batch.input_ids, self.global_step)
+
+    @staticmethod
+    def measure(metrics: MetricCollection, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
+        """Add a batch to metrics."""
+        correct = output.logits.detach().argmax(-1) == batch.targets
+        metrics.update(nll.detach(), correct, batch.mask, batch.num_bytes)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One segment of every row.
+
+        The loss is the sum over counted tokens divided by all token places, padding included: a
+        token weighs the same in every step, on every rank and under gradient accumulation.
+
+        Raises:
+            UserError: where the loss is not finite.
+        """
+        output, nll = self.read("train", batch)
+        loss = nll.sum() / batch.targets.numel()
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"train/loss = {loss.item()} at step {self.global_step}: try a lower "
+                f"model.optimizer.lr (now {self.optimizer_config.lr}), a longer warm-up, or "
+                "trainer.gradient_clip_val=1; the last checkpoint is unharmed"
+            )
+        for reader in self.readers:
+            reader(batch, self.banks["train"], output)
+        self.commit("train", batch, output)
+        self.train_metrics.reset()
+        self.measure(self.train_metrics, batch, output, nll)
+        values = {name: value for name, value in self.train_metrics.compute().items()}
+        shown = {name: values.pop(name) for name in ("train/loss", "train/perplexity")}
+        self.log_dict(shown, prog_bar=True)
+        self.log_dict(values)
+        return loss
+
+    def _evaluate(self, stage: str, batch: Batch, metrics: MetricCollection) -> None:
+        output, nll = self.read(stage, batch)
+        self.commit(stage, batch, output)
+        self.measure(metrics, batch, output, nll)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Read, commit to the validation bank, measure."""
+        self._evaluate("validate", batch, self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Read, commit to the test bank, measure."""
+        self._evaluate("test", batch, self.test_metrics)
+
+    def _log_metrics(self, metrics: MetricCollection, shown: str) -> None:
+        for name, value in metrics.compute().items():
+            self.log(name, value, prog_bar=name == shown, rank_zero_only=False)
+        metrics.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the whole split's metrics, summed over ranks."""
+        self._log_metrics(self.val_metrics, "val/perplexity")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the whole split's metrics, summed over ranks."""
+        self._log_metrics(self.test_metrics, "test/perplexity")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Per-token losses and hits of a segment, with the ids that place them."""
+        output, nll = self.read("predict", batch)
+        self.commit("predict", batch, output)
+        return {
+            "document": batch.document,
+            "position": batch.position,
+            "target": batch.targets,
+            "loss": nll,
+            "correct": output.logits.argmax(-1) == batch.targets,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the weights mean."""
+        checkpoint[ARCHITECTURE_KEY] = self.config.architecture()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another architecture.
+
+        Raises:
+            UserError: naming every key that differs.
+        """
+        saved, ours = checkpoint.get(ARCHITECTURE_KEY), self.config.architecture()
+        if saved is None:
+            raise UserError(
+                "ckpt_path: not a checkpoint of this project (it names no architecture)"
+            )
+        differing = [
+            f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"
+            for key in sorted(set(saved) | set(ours))
+            if saved.get(key) != ours.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"ckpt_path: the checkpoint is of another architecture: {', '.join(differing)}; "
+                "give the config that was saved with its run"
+            )

@@ -1,0 +1,101 @@
+"""Optimisers and learning-rate schedules, one step at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..errors import ConfigError
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimiser and schedule.
+
+    Args:
+        name: adamw or adafactor.
+        lr: learning rate, reached at the end of the warm-up; with schedule=rsqrt the rate at step s
+            is lr / sqrt(max(s, warmup_steps)), as the paper states it (1.0 there).
+        betas: AdamW's two decay rates.
+        weight_decay: decoupled, on matrices only.
+        schedule: constant, cosine or rsqrt, each after a linear warm-up.
+        warmup_steps: steps of linear warm-up.
+        total_steps: steps until cosine reaches its end; None for trainer.max_steps.
+        final_lr_share: share of lr that cosine ends at.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    schedule: Literal["constant", "cosine", "rsqrt"] = "cosine"
+    warmup_steps: int = 100
+    total_steps: int | None = None
+    final_lr_share: float = 0.05
+
+    def validate(self, prefix: str = "model.optimizer.") -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: naming the field and what would do.
+        """
+        if self.lr <= 0:
+            raise ConfigError(prefix + "lr", self.lr, "must be above 0")
+        if self.warmup_steps < 0:
+            raise ConfigError(prefix + "warmup_steps", self.warmup_steps, "must be at least 0")
+        if self.weight_decay < 0:
+            raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The optimiser over the trainable parameters; vectors (norms, gates, scales) do not decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """The schedule: maps the number of finished steps to a factor of ``config.lr``.
+
+    Args:
+        config: names the schedule.
+        total_steps: where cosine ends.
+    """
+    warmup = max(1, config.warmup_steps)
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warmup)
+        if config.schedule == "rsqrt":
+            return rise / math.sqrt(max(step, warmup))
+        if config.schedule == "cosine":
+            progress = min(1.0, max(0, step - warmup) / max(1, total_steps - warmup))
+            wave = 0.5 * (1 + math.cos(math.pi * progress))
+            return rise * (config.final_lr_share + (1 - config.final_lr_share) * wave)
+        return rise
+
+    return factor
+
+
+def make_schedule(optimizer: Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
+    """The schedule of ``optimizer``, to be stepped after every optimiser step.
+
+    Raises:
+        ConfigError: where cosine is asked for without an end.
+    """
+    total = config.total_steps or max_steps
+    if config.schedule == "cosine" and total <= 0:
+        remedy = "cosine needs an end: set it, or trainer.max_steps"
+        raise ConfigError("model.optimizer.total_steps", config.total_steps, remedy)
+    return LambdaLR(optimizer, lr_factor(config, total))

@@ -1,0 +1,90 @@
+"""The table at the end of a run: the same weights with memory and with memory switched off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from .callbacks import Throughput
+from .module import MemorizingLM
+
+METRICS = ("perplexity", "bits_per_byte", "accuracy")
+
+
+@contextmanager
+def memory_size(module: MemorizingLM, size: int) -> Iterator[None]:
+    """Give new banks another size; 0 switches the memory off."""
+    before = module.config.memory.size
+    module.config.memory.size = size
+    try:
+        yield
+    finally:
+        module.config.memory.size = before
+
+
+@contextmanager
+def silent(trainer: Trainer) -> Iterator[None]:
+    """Log nothing: figures of a switched-off memory do not belong on the run's curves."""
+    loggers = trainer.loggers
+    trainer.loggers = []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+def evaluate(
+    trainer: Trainer, module: MemorizingLM, datamodule: LightningDataModule
+) -> list[dict[str, Any]]:
+    """Validation and test figures with the configured memory and, if there is one, without."""
+    sizes = [module.config.memory.size] if module.config.memory_layers else [0]
+    if sizes[0]:
+        sizes.append(0)
+    rows = []
+    for split, run in (("validation", trainer.validate), ("test", trainer.test)):
+        for size in sizes:
+            with memory_size(module, size), silent(trainer):
+                figures = run(module, datamodule=datamodule, verbose=False)[0]
+            named = {name.split("/")[1]: value for name, value in figures.items()}
+            rows.append({"split": split, "memory": size, **{m: named[m] for m in METRICS}})
+    return rows
+
+
+def final_report(trainer: Trainer, module: MemorizingLM, datamodule: LightningDataModule) -> None:
+    """Evaluate, print the table and keep it as ``report.json`` in the run's folder."""
+    throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
+    speed = throughput.tokens / throughput.seconds if throughput.seconds else 0.0
+    folder = trainer.log_dir or trainer.default_root_dir
+    checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or getattr(
+        trainer.checkpoint_callback, "best_model_path", ""
+    )
+    rows = evaluate(trainer, module, datamodule)
+    if not trainer.is_global_zero:
+        return
+    table = Table(title="The same weights, with memory and with memory switched off")
+    for heading in ("split", "memory", "perplexity", "bits per byte", "accuracy"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for row in rows:
+        size = f"{row['memory']:,}" if row["memory"] else "off"
+        table.add_row(
+            row["split"],
+            size,
+            f"{row['perplexity']:.3f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['accuracy']:.4f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"training: {speed:,.0f} tokens/s, {throughput.seconds / 60:.1f} minutes")
+    console.print(f"checkpoint: {checkpoint or 'none'}", soft_wrap=True)
+    console.print(f"curves: tensorboard --logdir {Path(folder).parent}", soft_wrap=True)
+    if trainer.log_dir:
+        record = {"rows": rows, "tokens_per_second": speed, "seconds": throughput.seconds}
+        Path(folder, "report.json").write_text(json.dumps(record, indent=2) + "\n")

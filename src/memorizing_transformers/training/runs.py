@@ -1,0 +1,51 @@
+"""Where a run lives: ``ROOT/version_N`` with its events, config.yaml and checkpoints/."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import ConfigError
+
+
+def versions(root: Path) -> list[Path]:
+    """The run folders under ``root``, oldest first."""
+    found = [p for p in root.glob("version_*") if re.fullmatch(r"version_\d+", p.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def resolve_checkpoint(ckpt_path: str | None, root: str | Path) -> str | None:
+    """A checkpoint's path; ``last`` is the newest ``last.ckpt`` under ``root``.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last":
+        for folder in reversed(versions(Path(root))):
+            last = folder / "checkpoints" / "last.ckpt"
+            if last.exists():
+                return str(last)
+        remedy = f"no version_*/checkpoints/last.ckpt under {root}; leave it out to start anew"
+        raise ConfigError("ckpt_path", ckpt_path, remedy)
+    if not Path(ckpt_path).exists():
+        raise ConfigError("ckpt_path", ckpt_path, "there is no such file; give a path or 'last'")
+    return ckpt_path
+
+
+def run_folder(root: Path, command: str, ckpt_path: str | None) -> Path:
+    """The folder that a command logs to.
+
+    Training from a checkpoint goes on in the checkpoint's own run; all else begins a new folder,
+    commands other than fit under a folder of their name.
+    """
+    if command != "fit":
+        root = root / command
+    elif ckpt_path is not None:
+        run = Path(ckpt_path).parent.parent
+        if run in versions(root):
+            return run
+    taken = versions(root)
+    number = int(taken[-1].name.removeprefix("version_")) + 1 if taken else 0
+    return root / f"version_{number}"
