@@ -187,10 +187,14 @@ class DocumentDataModule(LightningDataModule):
         for split in SPLITS:
             if self._has(split):
                 plan = self.plan(split)
-                lines.append(
+                line = (
                     f"{split}: {plan.steps_per_epoch:,} steps of {plan.rows} rows of "
                     f"{self.segment_length} tokens, {plan.padding_share:.1%} padding"
                 )
+                busy = -(-int(plan.segments.sum()) // plan.steps_per_epoch)
+                if busy <= plan.rows // 2:
+                    line += f"; data.eval_rows = {busy} would take about as many steps"
+                lines.append(line)
         return lines
 
     def train_dataloader(self) -> SegmentLoader:

@@ -118,9 +118,10 @@ class Records:
         if text is None:
             return ""
         if not isinstance(text, str):
+            others = [column for column in record if column != self.text_column]
             raise self.origin.error(
                 f"column {self.text_column!r} holds {type(text).__name__}, not text; set "
-                f"data.text_column to another of {', '.join(record)}"
+                f"data.text_column to one of {', '.join(others)}"
             )
         return text
 
@@ -182,7 +183,8 @@ def _open_records(file: Path) -> Iterable[Mapping[str, Any]]:
     logging.getLogger("datasets.packaged_modules.json.json").disabled = True
     builder = builder_of(file)
     assert builder is not None
-    options = {"encoding": "utf-8", "encoding_errors": "replace"} if builder == "json" else {}
+    # Spelled otherwise than "utf-8", else the builder hands the bytes to Arrow unmended.
+    options = {"encoding": "utf8", "encoding_errors": "replace"} if builder == "json" else {}
     return load_dataset(
         builder, data_files=[glob.escape(str(file))], split="train", streaming=True, **options
     )
