@@ -1,0 +1,47 @@
+# Needs make and Python 3.10 or newer. Everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-all lint format type clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# A stamp is written last, so an interrupted install is done again.
+.venv/.runtime: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "error: '$(PYTHON)' is not Python 3.10 or newer; try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e . --no-deps
+	@touch $@
+
+.venv/.dev: .venv/.runtime requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+venv: .venv/.dev ## Make .venv with everything for running and developing
+
+quickstart: .venv/.runtime ## Train the small model on CPU, then test it with and without memory
+	$(BIN)/python train.py fit --config configs/quickstart.yaml
+
+test: .venv/.dev ## Run the tests, except the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.dev ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev ## Check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: .venv/.dev ## Mend style and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+type: .venv/.dev ## Check types
+	$(BIN)/mypy
+
+clean: ## Remove caches; .venv, runs/ and data/ stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
