@@ -1,0 +1,60 @@
+"""The bank: all that a model remembers, written and forgotten together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memorizing_transformers.memory import Memory, MemoryBank, XLCache
+
+ROWS, HEADS, WIDTH = 2, 2, 3
+
+
+def make_bank() -> MemoryBank:
+    memories = {1: Memory(ROWS, HEADS, 7, WIDTH)}
+    caches = {layer: XLCache(ROWS, HEADS, 4, WIDTH) for layer in range(2)}
+    return MemoryBank(ROWS, memories, caches)
+
+
+def segment(length: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [tuple(torch.randn(2, ROWS, HEADS, length, WIDTH)) for _ in range(2)]
+
+
+def test_commit_writes_each_layer_its_own_pairs() -> None:
+    bank, pairs = make_bank(), segment()
+    bank.commit(pairs, token_ids=torch.arange(10).view(2, 5), step=3)
+    assert torch.equal(bank.memories[1].keys[:, :, :5], pairs[1][0])
+    assert torch.equal(bank.memories[1].values[:, :, :5], pairs[1][1])
+    assert bank.memories[1].token_ids[:, :5].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert (bank.memories[1].steps[:, :5] == 3).all()
+    for layer in range(2):
+        assert torch.equal(bank.caches[layer].keys, pairs[layer][0][:, :, -4:])
+        assert torch.equal(bank.caches[layer].values, pairs[layer][1][:, :, -4:])
+
+
+def test_commit_leaves_padding_out_of_memory_and_cache() -> None:
+    bank = make_bank()
+    bank.commit(segment(), mask=torch.arange(5) < torch.tensor([[2], [0]]))
+    assert bank.memories[1].fill.tolist() == [2, 0]
+    assert [cache.length.tolist() for cache in bank.caches.values()] == [[2, 0], [2, 0]]
+
+
+def test_reset_forgets_the_flagged_rows_everywhere() -> None:
+    bank = make_bank()
+    bank.commit(segment())
+    bank.reset(torch.tensor([True, False]))
+    assert bank.memories[1].fill.tolist() == [0, 5]
+    assert all(cache.length.tolist() == [0, 4] for cache in bank.caches.values())
+
+
+def test_commit_refuses_another_number_of_rows() -> None:
+    with pytest.raises(ValueError, match="a bank of 2 rows got 1 rows"):
+        make_bank().commit([(k[:1], v[:1]) for k, v in segment()])
+
+
+def test_tensors_name_everything_that_is_held() -> None:
+    bank = make_bank()
+    named = bank.tensors()
+    assert {name.rsplit(".", 1)[0] for name in named} == {"memory.1", "cache.0", "cache.1"}
+    assert all(tensor.shape[0] == ROWS for tensor in named.values())
+    assert bank.nbytes() == sum(t.numel() * t.element_size() for t in named.values())

@@ -1,0 +1,158 @@
+"""The ring against a list that appends and keeps the last M."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from memorizing_transformers.memory import Memory
+from memorizing_transformers.memory.search.reference import reference_search
+
+
+class Pair(NamedTuple):
+    key: Tensor
+    value: Tensor
+    token_id: int
+    position: int
+    step: int
+
+
+@dataclass
+class SlowRow:
+    """One row's memory, as one would explain it."""
+
+    size: int
+    pairs: list[Pair] = field(default_factory=list)
+    seen: int = 0
+
+    def append(self, key: Tensor, value: Tensor, token_id: int, step: int) -> None:
+        self.pairs.append(Pair(key, value, token_id, self.seen, step))
+        self.pairs = self.pairs[-self.size :]
+        self.seen += 1
+
+
+class Segment(NamedTuple):
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+    token_ids: Tensor
+
+
+HEADS, WIDTH = 2, 3
+
+
+def random_segment(rows: int, length: int, padded: bool = False) -> Segment:
+    shape = (rows, HEADS, length, WIDTH)
+    real = torch.randint(0, length + 1, (rows,)) if padded else torch.full((rows,), length)
+    mask = torch.arange(length) < real[:, None]
+    ids = torch.randint(0, 1000, (rows, length))
+    return Segment(torch.randn(shape), torch.randn(shape), mask, ids)
+
+
+def assert_same(memory: Memory, slow: list[SlowRow]) -> None:
+    """Everything the ring says of every pair agrees with the lists."""
+    age, valid = memory.age(), memory.valid()
+    for row, expected in enumerate(slow):
+        assert memory.fill[row] == len(expected.pairs) == valid[row].sum()
+        in_use = valid[row].nonzero().flatten().tolist()
+        oldest_first = sorted(in_use, key=lambda slot: int(memory.positions[row, slot]))
+        for rank, (slot, pair) in enumerate(zip(oldest_first, expected.pairs, strict=True)):
+            assert torch.equal(memory.keys[row, :, slot], pair.key.to(memory.keys.dtype))
+            assert torch.equal(memory.values[row, :, slot], pair.value.to(memory.values.dtype))
+            assert memory.token_ids[row, slot] == pair.token_id
+            assert memory.positions[row, slot] == pair.position
+            assert memory.steps[row, slot] == pair.step
+            assert age[row, slot] == len(expected.pairs) - 1 - rank
+    assert memory.max_fill >= memory.fill.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(("size", "length"), [(12, 4), (10, 4), (7, 3), (13, 63), (1, 1), (5, 5)])
+def test_keeps_the_last_pairs_of_every_row(
+    size: int, length: int, padded: bool, dtype: torch.dtype
+) -> None:
+    memory = Memory(3, HEADS, size, WIDTH, dtype)
+    slow = [SlowRow(size) for _ in range(3)]
+    for step in range(12):
+        forget = torch.rand(3) < 0.15
+        memory.reset(forget)
+        slow = [SlowRow(size) if forget[row] else slow[row] for row in range(3)]
+        segment = random_segment(3, length, padded)
+        memory.write(segment.keys, segment.values, segment.mask, segment.token_ids, step)
+        for row, token in segment.mask.nonzero().tolist():
+            slow[row].append(
+                segment.keys[row, :, token],
+                segment.values[row, :, token],
+                int(segment.token_ids[row, token]),
+                step,
+            )
+        assert_same(memory, slow)
+
+
+def test_no_mask_means_all_tokens() -> None:
+    segment = random_segment(2, 5)
+    with_mask, without = (Memory(2, HEADS, 7, WIDTH) for _ in range(2))
+    for _ in range(3):
+        with_mask.write(segment.keys, segment.values, segment.mask, segment.token_ids)
+        without.write(segment.keys, segment.values, None, segment.token_ids)
+    for name, tensor in with_mask.tensors().items():
+        assert torch.equal(tensor, without.tensors()[name]), name
+
+
+def test_wrapping_around_many_times_keeps_count() -> None:
+    memory = Memory(1, HEADS, 7, WIDTH)
+    for _ in range(50):
+        memory.write(*random_segment(1, 9)[:2])
+    assert sorted(memory.positions[0].tolist()) == list(range(50 * 9 - 7, 50 * 9))
+
+
+def test_a_written_pair_is_the_top_neighbour_of_its_own_key() -> None:
+    memory = Memory(2, HEADS, 31, WIDTH)
+    for _ in range(4):
+        segment = random_segment(2, 10)
+        memory.write(torch.nn.functional.normalize(segment.keys, dim=-1), segment.values)
+    slots, valid = reference_search(memory.keys, memory, 1)
+    assert valid.all()
+    assert torch.equal(slots[..., 0], torch.arange(31).expand(2, HEADS, 31))
+
+
+def test_reset_touches_the_flagged_rows_count_and_nothing_else() -> None:
+    memory = Memory(3, HEADS, 7, WIDTH)
+    memory.write(*random_segment(3, 5))
+    before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
+    memory.reset(torch.tensor([False, True, False]))
+    assert memory.written.tolist() == [5, 0, 5]
+    for name, tensor in memory.tensors().items():
+        if name != "written":  # so the cost of a reset does not grow with M
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_reset_without_a_mask_empties_every_row() -> None:
+    memory = Memory(3, HEADS, 7, WIDTH)
+    memory.write(*random_segment(3, 5))
+    memory.reset()
+    assert not memory.valid().any()
+    assert memory.max_fill == 0
+
+
+def test_what_is_stored_has_no_history_and_no_alias() -> None:
+    segment = random_segment(1, 4)
+    keys, values = segment.keys.requires_grad_(), segment.values.requires_grad_()
+    memory = Memory(1, HEADS, 7, WIDTH)
+    memory.write(keys, values)
+    stored = memory.keys.clone()
+    with torch.no_grad():
+        keys.zero_()
+    assert not memory.keys.requires_grad
+    assert not memory.values.requires_grad
+    assert torch.equal(memory.keys, stored)
+
+
+def test_bytes_are_counted() -> None:
+    memory = Memory(2, HEADS, 7, WIDTH, torch.bfloat16)
+    assert memory.nbytes() == 2 * 7 * (2 * HEADS * WIDTH * 2 + 12) + 2 * 8
