@@ -64,7 +64,7 @@ class MemoryBank:
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Forget the rows where ``mask`` (B,) bool is True, or all rows: they are as new."""
-        for store in (*self.memories.values(), *self.caches.values()):
+        for store in self._stores():
             store.reset(mask)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -78,7 +78,10 @@ class MemoryBank:
 
     def nbytes(self) -> int:
         """Bytes held on the device."""
-        return sum(s.nbytes() for s in (*self.memories.values(), *self.caches.values()))
+        return sum(store.nbytes() for store in self._stores())
+
+    def _stores(self) -> list[Memory | XLCache]:
+        return [*self.memories.values(), *self.caches.values()]
 
 
 STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

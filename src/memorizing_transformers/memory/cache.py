@@ -52,10 +52,7 @@ class XLCache:
             mask: (B, N) bool, True at real tokens, or None for all.
         """
         segment = keys.shape[2]
-        if mask is None:
-            count = torch.full_like(self.length, segment)
-        else:
-            count = mask.sum(1)
+        count = torch.full_like(self.length, segment) if mask is None else mask.sum(1)
         window = count[:, None] + torch.arange(self.size, device=self.length.device)
         index = window[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         for name, new in (("keys", keys), ("values", values)):

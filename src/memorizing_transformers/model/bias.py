@@ -14,9 +14,9 @@ from torch import Tensor, nn
 def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """The bucket of a distance >= 0: half of them exact, the rest spaced by logarithm.
 
-    Raffel et al., 2020 (T5), causal form: with 32 buckets and ``max_distance`` 128, distances 0 to 15
-    have a bucket each, then buckets begin at 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77,
-    87, 99 and 113.
+    Raffel et al., 2020 (T5), causal form: with 32 buckets and ``max_distance`` 128, distances 0 to
+    15 have a bucket each, then buckets begin at 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67,
+    77, 87, 99 and 113.
 
     Args:
         distance: integers, how many tokens the key lies before the query.

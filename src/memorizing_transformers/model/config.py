@@ -25,8 +25,8 @@ class MemoryConfig:
     """The external memory and how a layer uses it.
 
     Args:
-        size: slots per row and key/value head; 0 switches the memory off. A run-time choice: a model
-            trained with one size can be tested with another.
+        size: slots per row and key/value head; 0 switches the memory off. A run-time choice: a
+            model trained with one size can be tested with another.
         top_k: neighbours that each query retrieves.
         layers: indices of the layers that reach the memory, counted from 0, negative from the end;
             [] builds a model without memory. The default is one layer three quarters of the way up.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -16,51 +13,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..data.datamodule import DocumentDataModule
 from ..errors import UserError
+from ..parsing import OneLineParser, one_line
 from .callbacks import PredictionWriter
 from .module import MemorizingLM
 from .report import final_report
 from .runs import resolve_checkpoint, run_folder
 
 
-def one_line(message: str) -> str:
-    """A parser's message without its line breaks."""
-    return re.sub(r"\s*\n\s*", " ", message).strip()
-
-
-def suggest(message: str, known: Iterable[str]) -> str:
-    """The message, with the nearest known key behind an unknown one."""
-    match = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)", message) or re.search(
-        r"(?:Key|Option|Subkey|key) ['\"]?([\w.]+)['\"]? is not expected", message
-    )
-    if not match:
-        match = re.search(
-            r"(?:does not accept|not accept(?:ed)?|[Uu]nexpected)[^'\"]*['\"]([\w.]+)", message
-        )
-    if not match:
-        return message
-    unknown = match[1]
-    keys = list(known)
-    near = difflib.get_close_matches(unknown, keys, n=1, cutoff=0.6)
-    if not near:
-        tails = {key.rsplit(".", 1)[-1]: key for key in keys}
-        tail = difflib.get_close_matches(unknown.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.6)
-        near = [tails[name] for name in tail]
-    return f"{message}; did you mean {near[0]}?" if near else message
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line, with the nearest known key, and exits with 2."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # A prefix of a key is a mistake, not a short form.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print ``error: ...`` and leave."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        known = [action.dest for action in parser._actions if "." in action.dest]
-        print(f"error: {suggest(one_line(message), known)}", file=sys.stderr)
-        sys.exit(2)
+class Parser(OneLineParser, LightningArgumentParser):
+    """LightningCLI's parser with one-line errors."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -117,10 +78,12 @@ class MemoryCLI(LightningCLI):
         if self.subcommand and config["trainer"]["logger"] in (None, True):
             folder = run_folder(root, self.subcommand, config.get("ckpt_path"))
             kwargs["logger"] = TensorBoardLogger(folder.parent, name="", version=folder.name)
-        trainer = super().instantiate_trainer(**kwargs)
+        trainer: Any = super().instantiate_trainer(**kwargs)
         if trainer.loggers:
             trainer.callbacks.insert(0, LearningRateMonitor("step"))
-        return trainer
+        return cast(Trainer, trainer)
+
+    trainer: Any
 
     def before_predict(self) -> None:
         """Write predictions to a file instead of holding them."""

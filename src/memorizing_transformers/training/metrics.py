@@ -59,7 +59,7 @@ class Perplexity(Loss):
 
 
 class BitsPerByte(TokenRatio):
-    """Negative log-likelihood in bits over the UTF-8 bytes of the text: comparable over tokenizers."""
+    """Bits of negative log-likelihood per UTF-8 byte of text: comparable over tokenizers."""
 
     def update(self, nll: Tensor, correct: Tensor, mask: Tensor, num_bytes: Tensor) -> None:
         """Add a batch: nll, correct and mask (B, N), num_bytes (B,)."""

@@ -7,6 +7,7 @@ empties the rows that begin a document, forward reads, readers observe, commit w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
 from .callbacks import MemoryClearing, StalenessLogging, Throughput
+from .export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
 from .metrics import language_model_metrics
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 
@@ -62,12 +64,10 @@ class MemorizingLM(LightningModule):
         self.test_metrics = language_model_metrics("test/")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Clearing, staleness and throughput come with the module."""
-        return [
-            MemoryClearing(),
-            StalenessLogging(self.staleness_every_n_steps),
-            Throughput(),
-        ]
+        """Clearing, staleness and throughput come with the module, unless the trainer has them."""
+        present = {type(callback) for callback in getattr(self.trainer, "callbacks", [])}
+        wanted = [MemoryClearing(), StalenessLogging(self.staleness_every_n_steps), Throughput()]
+        return [callback for callback in wanted if type(callback) not in present]
 
     def setup(self, stage: str) -> None:
         """Refuse to start where nobody clears the memory.
@@ -207,8 +207,12 @@ class MemorizingLM(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the weights mean."""
+        """Note what the weights mean, so that the file suffices to use them."""
         checkpoint[ARCHITECTURE_KEY] = self.config.architecture()
+        checkpoint[SETTINGS_KEY] = asdict(self.config)
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "text_tokenizer", None)
+        if tokenizer is not None:
+            checkpoint[TOKENIZER_KEY] = pack_tokenizer(tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another architecture.
@@ -219,7 +223,7 @@ class MemorizingLM(LightningModule):
         saved, ours = checkpoint.get(ARCHITECTURE_KEY), self.config.architecture()
         if saved is None:
             raise UserError(
-                "ckpt_path: not a checkpoint of this project (it names no architecture)"
+                "ckpt_path: not a checkpoint of this project, no architecture in it"
             )
         differing = [
             f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"

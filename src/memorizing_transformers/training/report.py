@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +30,7 @@ def memory_size(module: MemorizingLM, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def silent(trainer: Trainer) -> Iterator[None]:
+def silent(trainer: Any) -> Iterator[None]:
     """Log nothing: figures of a switched-off memory do not belong on the run's curves."""
     loggers = trainer.loggers
     trainer.loggers = []
@@ -41,7 +41,7 @@ def silent(trainer: Trainer) -> Iterator[None]:
 
 
 def evaluate(
-    trainer: Trainer, module: MemorizingLM, datamodule: LightningDataModule
+    trainer: Any, module: MemorizingLM, datamodule: LightningDataModule
 ) -> list[dict[str, Any]]:
     """Validation and test figures with the configured memory and, if there is one, without."""
     sizes = [module.config.memory.size] if module.config.memory_layers else [0]
@@ -57,7 +57,7 @@ def evaluate(
     return rows
 
 
-def final_report(trainer: Trainer, module: MemorizingLM, datamodule: LightningDataModule) -> None:
+def final_report(trainer: Any, module: MemorizingLM, datamodule: LightningDataModule) -> None:
     """Evaluate, print the table and keep it as ``report.json`` in the run's folder."""
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
     speed = throughput.tokens / throughput.seconds if throughput.seconds else 0.0

@@ -55,7 +55,7 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Append a batch's rows, without padding and idle rows."""
         datamodule: Any = getattr(trainer, "datamodule", None)
-        names = datamodule.predict_store.names
+        names = getattr(datamodule, f"{datamodule.predict_split}_store").names
         records = []
         for row, document in enumerate(prediction["document"].tolist()):
             counted = prediction["target"][row] != IGNORE_INDEX

@@ -32,7 +32,7 @@ class Throughput(Callback):
 
     def on_train_batch_end(
         self,
-        trainer: Trainer,
+        trainer: Any,
         pl_module: LightningModule,
         outputs: Any,
         batch: Batch,

@@ -1,0 +1,48 @@
+"""Command-line parsers that say what is wrong in one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+UNKNOWN_KEY = (
+    r"[Uu]nrecognized arguments?: --([\w.]+)",
+    r"does not accept (?:option|key)s? '([\w.]+)'",
+    r"[Kk]ey ['\"]([\w.]+)['\"] is not expected",
+)
+"""How the parser speaks of a key that it does not know."""
+
+
+def one_line(message: str) -> str:
+    """A message without its line breaks."""
+    return re.sub(r"\s*\n\s*", " ", message).strip()
+
+
+def suggest(message: str, known: Iterable[str]) -> str:
+    """The message, with the nearest known key behind an unknown one."""
+    found = [match for pattern in UNKNOWN_KEY if (match := re.search(pattern, message))]
+    if not found:
+        return message
+    keys = list(known)
+    near = difflib.get_close_matches(found[0][1], keys, n=1)
+    return f"{message}; did you mean {near[0]}?" if near else message
+
+
+class OneLineParser(ArgumentParser):
+    """Prints ``error: ...`` with the nearest known key, and exits with 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A prefix of a key is a mistake, not a short form.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and leave."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [action.dest for action in parser._actions]
+        print(f"error: {suggest(one_line(message), known)}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,65 @@
+"""From a checkpoint to a model that needs no trainer."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.tokenization import load_tokenizer
+from ..errors import ConfigError
+from ..hub import MemorizingTransformer
+
+SETTINGS_KEY = "model_settings"
+"""Where a checkpoint keeps the fields of ``ModelConfig``."""
+
+TOKENIZER_KEY = "tokenizer_files"
+"""Where a checkpoint keeps its tokenizer: file names to bytes, as uint8 tensors."""
+
+
+def pack_tokenizer(tokenizer: Any) -> dict[str, Tensor]:
+    """The files of a saved tokenizer as tensors, which load without executing anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {
+            path.name: torch.from_numpy(np.frombuffer(path.read_bytes(), dtype=np.uint8).copy())
+            for path in sorted(Path(folder).iterdir())
+        }
+
+
+def unpack_tokenizer(files: dict[str, Tensor]) -> Any:
+    """The tokenizer that ``pack_tokenizer`` packed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, Path(name).name).write_bytes(content.numpy().tobytes())
+        return load_tokenizer(folder)
+
+
+def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer:
+    """The trained model of a checkpoint, on the CPU, in evaluation mode, with its tokenizer.
+
+    Args:
+        ckpt_path: a checkpoint file of this project.
+        overrides: run-time settings that replace the saved ones, e.g. ``memory``.
+
+    Raises:
+        ConfigError: where the file is missing or not such a checkpoint.
+    """
+    if not Path(ckpt_path).is_file():
+        raise ConfigError("ckpt_path", str(ckpt_path), "there is no such file")
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+        settings = {**checkpoint[SETTINGS_KEY], **overrides}
+        weights = checkpoint["state_dict"]
+    except Exception as error:
+        remedy = f"not a checkpoint of this project ({type(error).__name__})"
+        raise ConfigError("ckpt_path", str(ckpt_path), remedy) from error
+    model = MemorizingTransformer(**settings)
+    model.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
+    if TOKENIZER_KEY in checkpoint:
+        model.tokenizer = unpack_tokenizer(checkpoint[TOKENIZER_KEY])
+    return model.eval()
