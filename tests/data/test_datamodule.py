@@ -134,10 +134,12 @@ class Recorder(pl.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[tuple] = []
+        self.indices: list[int] = []
         self.validated: list[int] = []
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
         self.seen.append((tuple(batch.document.tolist()), tuple(batch.position.tolist())))
+        self.indices.append(index)
         return (self.weight * batch.mask.sum()).sum()
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -172,7 +174,7 @@ def _quiet():
 
 
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("limit", [1.0, 0.5, 7])
+@pytest.mark.parametrize("limit", [1.0, 0.3, 7])
 @pytest.mark.parametrize("stop", [5, 14, 28, 33])
 def test_a_stopped_run_goes_on_with_the_next_batch(texts: Path, stop: int, limit) -> None:
     whole, _ = fit(texts, max_steps=60, limit_train_batches=limit)
@@ -185,6 +187,8 @@ def test_a_stopped_run_goes_on_with_the_next_batch(texts: Path, stop: int, limit
     trainer.save_checkpoint(texts.parent / "stopped.ckpt")
     second, _ = fit(texts, texts.parent / "stopped.ckpt", max_steps=60, limit_train_batches=limit)
     assert first.seen + second.seen == positions
+    # Epochs end where they would have ended.
+    assert first.indices + second.indices == whole.indices
 
 
 @pytest.mark.usefixtures("_quiet")

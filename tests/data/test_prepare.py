@@ -96,6 +96,17 @@ def test_a_bpe_learns_from_training_documents_only(corpus, tmp_path: Path, cache
     assert not any("zq" in token for token in vocabulary)
 
 
+def test_a_bpe_learns_nothing_of_documents_cut_off(corpus, texts: Path, cache: Path) -> None:
+    folder = prepare_store(corpus(texts), cache)
+    for split in ("validation", "test"):
+        for name in TokenStore(folder, split).names:
+            (texts / name).write_text("zqzq " * 500)
+    folder = prepare_store(corpus(texts, tokenizer="bpe", bpe_vocab_size=300), cache)
+    vocabulary = AutoTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
+    assert "word" in vocabulary
+    assert not any("zq" in token for token in vocabulary)
+
+
 def test_a_second_time_nothing_is_encoded(corpus, texts: Path, cache: Path, encoded) -> None:
     settings = corpus(texts, tokenizer="bpe", bpe_vocab_size=260)
     folder = prepare_store(settings, cache)
