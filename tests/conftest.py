@@ -8,6 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def start_alike() -> None:
-    """The same random numbers in every test, alone or in company. One thread: the tensors are small, two are slower."""
+    """The same random numbers in every test, alone or in company."""
+    # On tensors this small two threads are slower than one, and far slower on a busy machine.
     torch.set_num_threads(1)
     torch.manual_seed(0)

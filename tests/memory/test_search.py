@@ -162,7 +162,7 @@ def test_top_k_exact_survives_rows_with_few_finite_scores() -> None:
 
 
 def test_an_unknown_search_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'fast'.*exact"):
+    with pytest.raises(ValueError, match=r"'fast'.*exact"):
         make_search("fast")
 
 

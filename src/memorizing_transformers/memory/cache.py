@@ -12,6 +12,8 @@ from torch import Tensor
 class XLCache:
     """The last W pairs of each row, newest at the right; empty places are masked, never attended.
 
+    Writing and resetting replace tensors and never change them, so ``copy.copy`` is a snapshot.
+
     Args:
         batch_size: rows B.
         num_kv_heads: key/value heads G.
@@ -65,9 +67,9 @@ class XLCache:
     def reset(self, mask: Tensor | None = None) -> None:
         """Empty the rows where ``mask`` (B,) is True, or all rows."""
         if mask is None:
-            self.length.zero_()
+            self.length = torch.zeros_like(self.length)
         else:
-            self.length.masked_fill_(mask.to(self.length.device), 0)
+            self.length = self.length.masked_fill(mask.to(self.length.device), 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the cache, by name; the first dimension is the row."""

@@ -5,6 +5,7 @@ Shapes: B rows, N segment, V vocabulary.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -61,7 +62,9 @@ class Layer(nn.Module):
         recompute = self.recompute and torch.is_grad_enabled()
         attend = self._attend
         if recompute and memory is None:
-            attended, pairs, retrieval = checkpoint(attend, x, cache, memory, use_reentrant=False)
+            # The backward pass recomputes after the commit: a copy still holds what was read.
+            read = copy(cache)
+            attended, pairs, retrieval = checkpoint(attend, x, read, memory, use_reentrant=False)
         else:
             # A search is dear and its outcome small: keep it rather than search twice.
             attended, pairs, retrieval = attend(x, cache, memory)
@@ -116,7 +119,8 @@ class Transformer(nn.Module):
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
-            generator = torch.Generator().manual_seed(torch.initial_seed() + crc32(name.encode()))
+            seed = (torch.initial_seed() + crc32(name.encode())) % 2**64
+            generator = torch.Generator().manual_seed(seed)
             if isinstance(module, nn.Linear):
                 # 0.8796 is the standard deviation of a unit normal cut at two sigma.
                 std = module.in_features**-0.5 / 0.8796
@@ -164,8 +168,14 @@ class Transformer(nn.Module):
         Args:
             input_ids: (B, N) int64.
             memory: the bank of these B rows, or None for plain attention within the segment.
+
+        Raises:
+            ValueError: where ``memory`` holds another number of rows.
         """
         bank = memory or MemoryBank(input_ids.shape[0])
+        if bank.batch_size != input_ids.shape[0]:
+            # A bank of one row would broadcast, and every row read its memory.
+            raise ValueError(f"a bank of {bank.batch_size} rows got {input_ids.shape[0]} rows")
         x = self.dropout(self.embedding(input_ids))
         pairs: list[Pairs] = []
         retrievals: dict[int, Retrieval] = {}
