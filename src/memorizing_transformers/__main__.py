@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from .errors import UserError
 from .parsing import OneLineParser, one_line
@@ -41,7 +42,7 @@ def export(ckpt_path: str, out: str) -> None:
     print(f"model: {out}")
 
 
-COMMANDS = {"prepare": prepare, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {"prepare": prepare, "export": export}
 
 
 def main() -> None:

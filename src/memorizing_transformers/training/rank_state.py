@@ -1,0 +1,130 @@
+"""What belongs to one rank alone: the memory of its rows and its random states.
+
+Written as safetensors, one file a rank, first dimension the row; read back by rows, so that another
+number of ranks finds its rows wherever they lie.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..memory import MemoryBank
+from .checkpoints import rank_file
+
+ROWS = "rows."
+RANDOM = "random."
+
+
+def random_state() -> dict[str, Tensor]:
+    """The random states of this process as tensors: Python, NumPy, torch, and each CUDA device."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    words_numpy = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss]).double(),
+        "numpy": words_numpy,
+        "numpy_position": torch.tensor([numpy_state["state"]["pos"], numpy_state["has_gauss"]]),
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        for device, value in enumerate(torch.cuda.get_rng_state_all()):
+            state[f"cuda.{device}"] = value
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Put back what ``random_state`` returned."""
+    torch.set_rng_state(state["torch"])
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss = state["numpy_position"].tolist()
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": state["numpy"].numpy().astype(np.uint32), "pos": position},
+            "has_gauss": has_gauss,
+            "gauss": state["numpy_gauss"].item(),
+        }
+    )
+    for name, value in state.items():
+        if name.startswith("cuda."):
+            torch.cuda.set_rng_state(value, int(name.removeprefix("cuda.")))
+
+
+def save_rank(
+    folder: Path, rank: int, first_row: int, num_rows: int, bank: MemoryBank | None
+) -> Path:
+    """Write a rank's part.
+
+    Args:
+        folder: the checkpoint.
+        rank: this rank.
+        first_row: the global number of its first row.
+        num_rows: its rows.
+        bank: their memory, or None to leave memory out.
+    """
+    tensors = {RANDOM + name: value for name, value in random_state().items()}
+    if bank is not None:
+        for name, value in bank.tensors().items():
+            tensors[ROWS + name] = value.detach().to("cpu").contiguous()
+    path = folder / rank_file(rank)
+    save_file(tensors, path, metadata={"rows": f"{first_row}:{first_row + num_rows}"})
+    return path
+
+
+def load_random_state(folder: Path, rank: int) -> None:
+    """Restore the random states that the same rank had."""
+    with safe_open(folder / rank_file(rank), framework="pt") as part:
+        names = [name for name in part.keys() if name.startswith(RANDOM)]  # noqa: SIM118
+        set_random_state({name.removeprefix(RANDOM): part.get_tensor(name) for name in names})
+
+
+def load_rows(folder: Path, world_size: int, first_row: int, num_rows: int) -> dict[str, Tensor]:
+    """The tensors of rows ``first_row`` and following, from whichever parts hold them.
+
+    Only the rows asked for are read.
+
+    Args:
+        folder: the checkpoint.
+        world_size: the ranks that wrote it.
+        first_row: the global number of the first row wanted.
+        num_rows: how many.
+
+    Returns:
+        by the names of ``MemoryBank.tensors``; {} where the checkpoint holds no memory.
+    """
+    pieces: dict[str, list[Tensor]] = {}
+    last_row = first_row + num_rows
+    for rank in range(world_size):
+        with safe_open(folder / rank_file(rank), framework="pt") as part:
+            begin, end = (int(row) for row in part.metadata()["rows"].split(":"))
+            low, high = max(begin, first_row), min(end, last_row)
+            if low >= high:
+                continue
+            for name in part.keys():  # noqa: SIM118
+                if name.startswith(ROWS):
+                    rows = part.get_slice(name)[low - begin : high - begin]
+                    pieces.setdefault(name.removeprefix(ROWS), []).append(rows)
+    return {name: torch.cat(rows) for name, rows in pieces.items()}
+
+
+def rank_parts(world_size: int, first_row: int, num_rows: int, folder: Path) -> list[str]:
+    """The names of the parts that hold any of these rows."""
+    names = []
+    for rank in range(world_size):
+        with safe_open(folder / rank_file(rank), framework="pt") as part:
+            begin, end = (int(row) for row in part.metadata()["rows"].split(":"))
+        if max(begin, first_row) < min(end, first_row + num_rows):
+            names.append(rank_file(rank))
+    return names
