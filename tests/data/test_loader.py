@@ -174,3 +174,10 @@ def test_evaluation_starts_anew_after_an_iteration_left_early(store) -> None:
     assert len(again) == len(evaluation)
     assert same(first[0], again[0])
     assert np.isclose(sum(float(b.mask.sum()) for b in again), sum(LENGTHS) - len(LENGTHS))
+
+
+def test_a_loaded_position_holds_for_one_evaluation(store) -> None:
+    evaluation = loader(store, train=False)
+    evaluation.load_state_dict({"epoch": 0, "step": 3})
+    assert len(list(evaluation)) == len(evaluation) - 3
+    assert len(list(evaluation)) == len(evaluation)

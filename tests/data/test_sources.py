@@ -79,13 +79,13 @@ def test_the_fingerprint_follows_content_names_and_rules(texts: Path, tmp_path: 
     assert fingerprint(SourceSettings(str(texts))) in seen
     moved = tmp_path / "elsewhere"
     texts.rename(moved)
-    (moved / "sub").mkdir()
+    (moved / "z").mkdir()
     assert fingerprint(SourceSettings(str(moved))) in seen
     for change in (
         lambda: (moved / "text03.txt").write_text("changed"),
         lambda: (moved / "text04.txt").rename(moved / "text04.md"),
         lambda: (moved / "text05.txt").unlink(),
-        lambda: (moved / "text06.txt").rename(moved / "sub" / "text06.txt"),
+        lambda: (moved / "text11.txt").rename(moved / "z" / "text11.txt"),
     ):
         change()
         new = fingerprint(SourceSettings(str(moved)))
