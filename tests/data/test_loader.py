@@ -180,4 +180,5 @@ def test_a_loaded_position_holds_for_one_evaluation(store) -> None:
     evaluation = loader(store, train=False)
     evaluation.load_state_dict({"epoch": 0, "step": 3})
     assert len(list(evaluation)) == len(evaluation) - 3
+    next(iter(evaluation))
     assert len(list(evaluation)) == len(evaluation)
