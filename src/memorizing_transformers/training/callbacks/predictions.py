@@ -7,8 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ...data.batch import IGNORE_INDEX
 
@@ -23,7 +22,7 @@ SCHEMA = pa.schema(
 )
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """Writes one record a segment: its document, the offset of its first predicted token, and for
     every predicted token its id, its loss in nats and whether it was the most likely one.
 
@@ -32,42 +31,42 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__("batch")
         self.path = path
+        self._draft = path
         self._writer: pq.ParquetWriter | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file."""
         if trainer.global_rank:
             self.path = self.path.with_suffix(f".rank-{trainer.global_rank}.parquet")
+        self._draft = self.path.with_name(f".{self.path.name}.partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self.path, SCHEMA)
+        self._writer = pq.ParquetWriter(self._draft, SCHEMA)
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Any,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Append a batch's rows, without padding and idle rows."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         names = getattr(datamodule, f"{datamodule.predict_split}_store").names
         records = []
-        for row, document in enumerate(prediction["document"].tolist()):
-            counted = prediction["target"][row] != IGNORE_INDEX
+        for row, document in enumerate(outputs["document"].tolist()):
+            counted = outputs["target"][row] != IGNORE_INDEX
             if document < 0 or not counted.any():
                 continue
             records.append(
                 {
                     "document": names[document],
-                    "position": int(prediction["position"][row]) + 1,
-                    "token": prediction["target"][row][counted].tolist(),
-                    "loss": prediction["loss"][row][counted].tolist(),
-                    "correct": prediction["correct"][row][counted].tolist(),
+                    "position": int(outputs["position"][row]) + 1,
+                    "token": outputs["target"][row][counted].tolist(),
+                    "loss": outputs["loss"][row][counted].tolist(),
+                    "correct": outputs["correct"][row][counted].tolist(),
                 }
             )
         assert self._writer is not None
@@ -75,8 +74,18 @@ class PredictionWriter(BasePredictionWriter):
             self._writer.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file."""
+        """Close the file and give it its name."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+            self._draft.rename(self.path)
             print(f"predictions: {self.path}")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no half of a file behind."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self._draft.unlink()

@@ -22,7 +22,18 @@ class Throughput(Callback):
         self.tokens = 0
         self.seconds = 0.0
         self._window = (0, 0.0)
+        self._batches = 0
+        self._speed: float | None = None
         self._began = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on counting from."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self._window = (self.tokens, self.seconds)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
@@ -38,11 +49,14 @@ class Throughput(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Stop the clock, log every ``trainer.log_every_n_steps`` steps."""
+        """Stop the clock; measure anew every ``trainer.log_every_n_steps`` batches."""
         self.seconds += time.perf_counter() - self._began
-        self.tokens += int(batch.targets.numel()) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        self.tokens += int(batch.mask.sum()) * trainer.world_size
+        self._batches += 1
+        if self._batches % max(1, trainer.log_every_n_steps) == 0:
             tokens, seconds = self._window
-            speed = (self.tokens - tokens) / (self.seconds - seconds)
-            pl_module.log("throughput/tokens_per_second", speed, prog_bar=True)
+            self._speed = (self.tokens - tokens) / (self.seconds - seconds)
             self._window = (self.tokens, self.seconds)
+        if self._speed is not None:
+            # At every batch: the loggers keep their own count, which goes on over an epoch's end.
+            pl_module.log("throughput/tokens_per_second", self._speed, prog_bar=True)
