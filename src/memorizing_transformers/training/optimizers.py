@@ -50,6 +50,10 @@ class OptimizerConfig:
             raise ConfigError(prefix + "lr", self.lr, "must be above 0")
         if self.warmup_steps < 0:
             raise ConfigError(prefix + "warmup_steps", self.warmup_steps, "must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(prefix + "betas", self.betas, "each must lie in [0, 1)")
+        if not 0 <= self.final_lr_share <= 1:
+            raise ConfigError(prefix + "final_lr_share", self.final_lr_share, "must lie in [0, 1]")
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import UserError
 from .callbacks import Throughput
 from .module import MemorizingLM
 
@@ -40,19 +41,34 @@ def silent(trainer: Any) -> Iterator[None]:
         trainer.loggers = loggers
 
 
+def has_documents(datamodule: LightningDataModule, split: str) -> bool:
+    """Whether the split exists."""
+    try:
+        return bool(getattr(datamodule, f"{split}_store"))
+    except UserError:
+        return False
+
+
 def evaluate(
     trainer: Any, module: MemorizingLM, datamodule: LightningDataModule
 ) -> list[dict[str, Any]]:
-    """Validation and test figures with the configured memory and, if there is one, without."""
+    """Validation and test figures with the configured memory and, if there is one, without.
+
+    A split without documents, or limited to no batch, is left out.
+    """
     sizes = [module.config.memory.size] if module.config.memory_layers else [0]
     if sizes[0]:
         sizes.append(0)
     rows = []
     for split, run in (("validation", trainer.validate), ("test", trainer.test)):
+        if not has_documents(datamodule, split):
+            continue
         for size in sizes:
             with memory_size(module, size), silent(trainer):
-                figures = run(module, datamodule=datamodule, verbose=False)[0]
-            named = {name.split("/")[1]: value for name, value in figures.items()}
+                figures = run(module, datamodule=datamodule, verbose=False)
+            if not figures:
+                break
+            named = {name.split("/")[1]: value for name, value in figures[0].items()}
             rows.append({"split": split, "memory": size, **{m: named[m] for m in METRICS}})
     return rows
 
