@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.tokenization import load_tokenizer
+from ..data.tokenization import fingerprint_tokenizer, load_tokenizer
 from ..errors import ConfigError
 from ..hub import MemorizingTransformer
 
@@ -37,6 +37,11 @@ def unpack_tokenizer(files: dict[str, Tensor]) -> Any:
         for name, content in files.items():
             Path(folder, Path(name).name).write_bytes(content.numpy().tobytes())
         return load_tokenizer(folder)
+
+
+def is_packed(files: dict[str, Tensor], tokenizer: Any) -> bool:
+    """Whether ``pack_tokenizer`` packed a tokenizer that gives every text the same ids."""
+    return fingerprint_tokenizer(unpack_tokenizer(files)) == fingerprint_tokenizer(tokenizer)
 
 
 def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer:

@@ -21,7 +21,7 @@ from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
 from .callbacks import MemoryClearing, StalenessLogging, Throughput
-from .export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
+from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .metrics import language_model_metrics
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 
@@ -65,9 +65,9 @@ class MemorizingLM(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Clearing, staleness and throughput come with the module, unless the trainer has them."""
-        present = {type(callback) for callback in getattr(self.trainer, "callbacks", [])}
+        present: list[Callback] = getattr(self.trainer, "callbacks", [])
         wanted = [MemoryClearing(), StalenessLogging(self.staleness_every_n_steps), Throughput()]
-        return [callback for callback in wanted if type(callback) not in present]
+        return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 
     def setup(self, stage: str) -> None:
         """Refuse to start where nobody clears the memory.
@@ -206,16 +206,19 @@ class MemorizingLM(LightningModule):
             "correct": output.logits.argmax(-1) == batch.targets,
         }
 
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(getattr(self.trainer, "datamodule", None), "text_tokenizer", None)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights mean, so that the file suffices to use them."""
         checkpoint[ARCHITECTURE_KEY] = self.config.architecture()
         checkpoint[SETTINGS_KEY] = asdict(self.config)
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "text_tokenizer", None)
-        if tokenizer is not None:
-            checkpoint[TOKENIZER_KEY] = pack_tokenizer(tokenizer)
+        if self._tokenizer is not None:
+            checkpoint[TOKENIZER_KEY] = pack_tokenizer(self._tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another architecture.
+        """Refuse the weights of another architecture, or for other token ids.
 
         Raises:
             UserError: naming every key that differs.
@@ -234,4 +237,10 @@ class MemorizingLM(LightningModule):
             raise UserError(
                 f"ckpt_path: the checkpoint is of another architecture: {', '.join(differing)}; "
                 "give the config that was saved with its run"
+            )
+        files, tokenizer = checkpoint.get(TOKENIZER_KEY), self._tokenizer
+        if files is not None and tokenizer is not None and not is_packed(files, tokenizer):
+            raise UserError(
+                "data.tokenizer: not the checkpoint's tokenizer, so its ids mean other text; give "
+                "the tokenizer/ folder that `python -m memorizing_transformers export` writes"
             )
