@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -31,6 +32,27 @@ def suggest(message: str, known: Iterable[str]) -> str:
     keys = list(known)
     near = difflib.get_close_matches(found[0][1], keys, n=1)
     return f"{message}; did you mean {near[0]}?" if near else message
+
+
+def configs_first(args: Sequence[str], subcommands: Collection[str]) -> list[str]:
+    """The arguments with a subcommand's config files first, so that keys win wherever they stand.
+
+    Args:
+        args: the command line.
+        subcommands: the names of subcommands.
+    """
+    start = next((i + 1 for i, arg in enumerate(args) if arg in subcommands), 0)
+    configs: list[str] = []
+    others: list[str] = []
+    rest = iter(args[start:])
+    for arg in rest:
+        if arg in ("-c", "--config"):
+            configs += [arg, *islice(rest, 1)]
+        elif arg.startswith("--config="):
+            configs.append(arg)
+        else:
+            others.append(arg)
+    return [*args[:start], *configs, *others]
 
 
 class OneLineParser(ArgumentParser):

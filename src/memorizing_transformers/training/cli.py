@@ -10,12 +10,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data.datamodule import DocumentDataModule
 from ..errors import UserError
-from ..parsing import OneLineParser, one_line
+from ..parsing import OneLineParser, configs_first, one_line
 from .callbacks import PredictionWriter
 from .module import MemorizingLM
+from .quiet import hush
 from .report import final_report
 from .runs import resolve_checkpoint, run_folder
 
@@ -60,6 +63,14 @@ class MemoryCLI(LightningCLI):
             "a table",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Let keys win over config files in whatever order they are given."""
+        if args is None or isinstance(args, list):
+            given = sys.argv[1:] if args is None else args
+            self.config = parser.parse_args(configs_first(given, self.subcommands()))
+        else:
+            super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         # The stock method merges a checkpoint's hyper-parameters over the command line, so a test
         # with a larger memory would silently use the old one. What a checkpoint may not change is
@@ -70,6 +81,8 @@ class MemoryCLI(LightningCLI):
         options["ckpt_path"] = resolve_checkpoint(
             options.get("ckpt_path"), options.trainer.default_root_dir
         )
+        if self.config.subcommand != "fit" and options["ckpt_path"] is None:
+            rank_zero_warn("ckpt_path: none given, so the weights are untrained; try 'last'")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to the run's folder; a resumed run goes on in the folder of its checkpoint."""
@@ -102,8 +115,9 @@ class MemoryCLI(LightningCLI):
 
 def main() -> None:
     """Run the command line; mistakes of the user's end it with one line and exit code 2."""
+    hush()
     try:
         MemoryCLI()
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
