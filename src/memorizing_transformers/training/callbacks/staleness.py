@@ -85,11 +85,13 @@ class StalenessLogging(Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self._scalars: dict[str, float] = {}
+        self._step = -1
+        """The training step that the scalars were measured in."""
         self._module: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe between read and commit."""
-        self._module = pl_module
+        self._module, self._step = pl_module, -1
         if self.every_n_steps > 0 and self._observe not in self._module.readers:
             self._module.readers.append(self._observe)
 
@@ -101,8 +103,10 @@ class StalenessLogging(Callback):
     @torch.no_grad()
     def _observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput) -> None:
         step = self._module.global_step
-        if step % self.every_n_steps:
+        # With gradient accumulation a step has several batches; its first one is measured.
+        if step % self.every_n_steps or step == self._step:
             return
+        self._step = step
         for layer, retrieval in output.retrievals.items():
             memory = bank.memories[layer]
             name = f"layer{layer}"
@@ -125,11 +129,13 @@ class StalenessLogging(Callback):
 
     def _drift(self, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
         net = self._module.net
+        modes = [(module, module.training) for module in net.modules()]
         net.eval()
         try:
             return key_drift(net, bank, layer, segment)
         finally:
-            net.train()
+            for module, mode in modes:
+                module.training = mode
 
     def _gates(self, net: Transformer) -> dict[str, float]:
         gates = {}
@@ -152,5 +158,5 @@ class StalenessLogging(Callback):
         if self._scalars and trainer.loggers:
             scalars = {**self._scalars, **self._gates(self._module.net)}
             for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=trainer.global_step)
+                logger.log_metrics(scalars, step=self._step)
         self._scalars = {}
