@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data.datamodule import DocumentDataModule
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..parsing import OneLineParser, configs_first, one_line
 from .callbacks import PredictionWriter
 from .module import MemorizingLM
@@ -34,6 +35,24 @@ class SaveRunConfig(SaveConfigCallback):
         """Write ``config.yaml`` into the run's folder."""
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+
+def root_folder(trainer: Any) -> Path:
+    """Where runs go, by the trainer's settings.
+
+    Raises:
+        ConfigError: where nothing can be written there.
+    """
+    key, given = "trainer.default_root_dir", trainer["default_root_dir"]
+    if not given:
+        raise ConfigError(key, given, "must name a folder")
+    root = Path(given)
+    nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise ConfigError(key, str(given), f"cannot be written ({error.strerror})") from error
+    return root
 
 
 class MemoryCLI(LightningCLI):
@@ -79,19 +98,34 @@ class MemoryCLI(LightningCLI):
             return
         options = self.config[self.config.subcommand]
         options["ckpt_path"] = resolve_checkpoint(
-            options.get("ckpt_path"), options.trainer.default_root_dir
+            options.get("ckpt_path"), root_folder(options.trainer)
         )
         if self.config.subcommand != "fit" and options["ckpt_path"] is None:
             rank_zero_warn("ckpt_path: none given, so the weights are untrained; try 'last'")
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            seed = self._get(self.config, "seed_everything")
+            raise ConfigError("seed_everything", seed, "must lie in [0, 2**32)") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to the run's folder; a resumed run goes on in the folder of its checkpoint."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        root = Path(config["trainer"]["default_root_dir"])
+        root = root_folder(config["trainer"])
+        if config["trainer"]["accumulate_grad_batches"] < 1:
+            key = "trainer.accumulate_grad_batches"
+            raise ConfigError(
+                key, config["trainer"]["accumulate_grad_batches"], "must be 1 or more"
+            )
         if self.subcommand and config["trainer"]["logger"] in (None, True):
             folder = run_folder(root, self.subcommand, config.get("ckpt_path"))
             kwargs["logger"] = TensorBoardLogger(folder.parent, name="", version=folder.name)
-        trainer: Any = super().instantiate_trainer(**kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise UserError(f"trainer: {error}") from error
         if trainer.loggers:
             trainer.callbacks.insert(0, LearningRateMonitor("step"))
         return cast(Trainer, trainer)
