@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .indexed import Rows, dots, weighted_sum
 from .ring import Memory
 from .search import Neighbours
 
@@ -30,14 +31,6 @@ class MemoryAttention(NamedTuple):
     """(B, G, Q) bool; False where the row's memory was empty."""
 
 
-def gather_pairs(store: Tensor, slots: Tensor) -> Tensor:
-    """Rows of ``store`` (B, G, M, D) at ``slots`` (B, G, Q, K), as (B, G, Q, K, D)."""
-    batch, groups, size, width = store.shape
-    head = torch.arange(batch * groups, device=slots.device).view(batch, groups, 1, 1)
-    flat = (slots + head * size).flatten()
-    return store.reshape(-1, width).index_select(0, flat).view(*slots.shape, width)
-
-
 def attend(
     queries: Tensor, memory: Memory, neighbours: Neighbours, bias: Tensor | None = None
 ) -> MemoryAttention:
@@ -51,20 +44,17 @@ def attend(
     """
     slots, valid = neighbours
     slots = slots.masked_fill(~valid, 0)
-    with torch.no_grad():
-        keys = gather_pairs(memory.keys, slots).float()
-        values = gather_pairs(memory.values, slots).float()
-        # An empty slot may hold anything, and 0 x NaN is NaN. Asking costs a wait on a GPU.
-        if queries.is_cuda or not valid.all():
-            keys.masked_fill_(~valid[..., None], 0.0)
-            values.masked_fill_(~valid[..., None], 0.0)
+    # An empty slot may hold anything, and 0 x NaN is NaN. Asking costs a wait on a GPU.
+    counted = valid if queries.is_cuda or not valid.all() else None
+    differentiated = torch.is_grad_enabled() and queries.requires_grad
+    reading = memory.reading() if differentiated else None
     with torch.autocast(queries.device.type, enabled=False):
-        scores = (keys @ queries.float()[..., None]).squeeze(-1)
+        scores = dots(queries.float(), Rows(memory.keys, slots, counted, None, reading))
         if bias is not None:
             scores = scores + bias
         found = valid.any(-1)
         scores = scores.masked_fill(~valid & found[..., None], -torch.inf)
         log_mass = scores.logsumexp(-1)
         weights = (scores - log_mass[..., None]).exp()
-        output = (weights[..., None, :] @ values).squeeze(-2)
+        output = weighted_sum(weights, Rows(memory.values, slots, counted, None, reading))
     return MemoryAttention(output, log_mass, weights, found)

@@ -8,8 +8,12 @@ position, step). Writing a segment costs O(N) per row, resetting a row O(1).
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
+
+from .reading import Reading
 
 
 class Memory:
@@ -50,6 +54,13 @@ class Memory:
         self.written = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) pairs written since the row's last reset."""
         self._most_written = 0
+        self._readings: WeakSet[Reading] = WeakSet()
+
+    def reading(self) -> Reading:
+        """The pairs as of now, for a backward pass that may come after later writes."""
+        reading = Reading({"keys": self.keys, "values": self.values})
+        self._readings.add(reading)
+        return reading
 
     @property
     def fill(self) -> Tensor:
@@ -100,6 +111,8 @@ class Memory:
         rows, tokens = kept.nonzero(as_tuple=True)
         positions = position[rows, tokens]
         slots = positions % self.size
+        for reading in self._readings:
+            reading.keep(rows, slots)
         self.keys[rows, :, slots] = keys.detach()[rows, :, tokens].to(self.keys.dtype)
         self.values[rows, :, slots] = values.detach()[rows, :, tokens].to(self.values.dtype)
         self.positions[rows, slots] = positions.to(torch.int32)

@@ -1,8 +1,8 @@
 """Approximate search in one pass: the best slot of each of L buckets, then the top-k of those.
 
 Chern et al., "TPU-KNN: K Nearest Neighbor Search at Peak FLOP/s", 2022. A neighbour is lost when a
-better one shares its bucket. Slots are dealt to buckets like cards (slot modulo L), so consecutive
-tokens, which resemble each other, never meet.
+better one shares its bucket. Buckets are dealt like cards, slots of a bucket standing far apart, so
+consecutive tokens, which resemble each other, never meet.
 """
 
 from __future__ import annotations
@@ -13,9 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..indexed import Rows, dots
 from ..ring import Memory
 from . import Neighbours
+from .host import SCORE_BYTES as HOST_SCORE_BYTES
+from .host import HostScan
+from .largest import members_for
 from .scan import SCORE_BYTES, score_blocks
+
+ROUGH_RECALL = 0.97
+"""Recall targets up to this one allow scores in bfloat16 where that is fast."""
+SPARE = 4
+"""One spare candidate for every so many neighbours makes up for ranks that bfloat16 confuses."""
+
+
+ROUGH_SLOTS = 32768
+"""From here on bfloat16 saves more than scoring the candidates again in fp32 costs."""
+FEW_QUERIES = 16
+"""For fewer queries than this, reading the keys is all the cost there is."""
 
 
 def num_buckets_for(top_k: int, recall_target: float) -> int:
@@ -30,27 +45,57 @@ def num_buckets_for(top_k: int, recall_target: float) -> int:
     return math.ceil(1 / (1 - recall_target ** (1 / (top_k - 1))))
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 class BucketedSearch:
     """Neighbours with an expected recall of ``recall_target``, exact where the memory is small.
 
+    On a CPU more buckets cost little, so there are more than needed, until each has 32 slots.
+
     Args:
         recall_target: expected share of the true neighbours, in (0, 1).
-        score_bytes: bytes of scores that may live at once.
+        score_bytes: bytes of scores that may live at once; None for what suits the device.
     """
 
-    def __init__(self, recall_target: float = 0.95, score_bytes: int = SCORE_BYTES) -> None:
+    def __init__(self, recall_target: float = 0.95, score_bytes: int | None = None) -> None:
         self.recall_target = recall_target
         self.score_bytes = score_bytes
 
     @torch.no_grad()
     def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
-        batch, groups, count, _ = queries.shape
         num_buckets = max(top_k, num_buckets_for(top_k, self.recall_target))
-        shape = (batch, groups, count, num_buckets)
+        if queries.device.type == "cpu":
+            return self._on_host(queries, memory, top_k, num_buckets)
+        return self._on_device(queries, memory, top_k, num_buckets)
+
+    def _on_host(self, queries: Tensor, memory: Memory, top_k: int, num_buckets: int) -> Neighbours:
+        room = self.score_bytes or HOST_SCORE_BYTES
+        small = memory.max_fill < members_for(top_k) * num_buckets
+        if small or queries.shape[2] < FEW_QUERIES:
+            return HostScan(None, torch.float32, room)(queries, memory, top_k)
+        large = memory.max_fill >= ROUGH_SLOTS
+        if not (large and self.recall_target <= ROUGH_RECALL and has_fast_bfloat16()):
+            return HostScan(num_buckets, torch.float32, room)(queries, memory, top_k)
+        spare = min(top_k // SPARE, memory.max_fill - top_k)
+        scan = HostScan(num_buckets, torch.bfloat16, room)
+        slots, valid = scan(queries, memory, top_k + spare)
+        scores = dots(queries.float(), Rows(memory.keys, slots, None if valid.all() else valid))
+        scores.masked_fill_(~valid, -torch.inf)
+        order = scores.topk(top_k, dim=-1).indices
+        return Neighbours(slots.gather(-1, order), valid.gather(-1, order))
+
+    def _on_device(
+        self, queries: Tensor, memory: Memory, top_k: int, num_buckets: int
+    ) -> Neighbours:
+        shape = (*queries.shape[:3], num_buckets)
+        room = self.score_bytes or SCORE_BYTES
         best = torch.full(shape, -torch.inf, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.int64, device=queries.device)
         bucket = torch.arange(num_buckets, device=queries.device)
-        for rows, start, scores in score_blocks(queries, memory, self.score_bytes, num_buckets):
+        for rows, start, scores in score_blocks(queries, memory, room, num_buckets):
             ragged = -scores.shape[-1] % num_buckets
             if ragged:
                 scores = F.pad(scores, (0, ragged), value=-torch.inf)

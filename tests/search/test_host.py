@@ -1,0 +1,98 @@
+"""The scan on a CPU and its top-k, where blocks, spans and buckets do not come out even."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memorizing_transformers.memory import Memory
+from memorizing_transformers.memory.search import host, largest
+from memorizing_transformers.memory.search.exact import ExactSearch
+from memorizing_transformers.memory.search.host import HostScan
+from memorizing_transformers.memory.search.reference import reference_search
+
+
+def filled(size: int, written: list[int], width: int = 8, heads: int = 2) -> Memory:
+    """A memory whose unused slots hold NaN."""
+    memory = Memory(len(written), heads, size, width)
+    memory.keys.fill_(torch.nan)
+    for first in range(0, max(written), 100):
+        count = (torch.tensor(written) - first).clamp(0, 100)
+        pairs = torch.randn(2, len(written), heads, 100, width)
+        memory.write(*pairs, torch.arange(100) < count[:, None])
+    return memory
+
+
+def true_scores(queries: torch.Tensor, memory: Memory, slots: torch.Tensor) -> torch.Tensor:
+    return (queries @ memory.keys.mT).gather(-1, slots)
+
+
+@pytest.mark.parametrize("block_scores", [2**19, 5000, 700])
+@pytest.mark.parametrize("score_bytes", [2**25, 2**17, 5000])
+@pytest.mark.parametrize("written", [[1009, 333], [1, 0], [2500, 1008]], ids=str)
+@pytest.mark.parametrize("top_k", [1, 7, 32, 300])
+def test_exact_at_every_cut(
+    top_k: int,
+    written: list[int],
+    score_bytes: int,
+    block_scores: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "BLOCK_SCORES", block_scores)
+    monkeypatch.setattr(host, "AT_ONCE", 0)
+    memory = filled(1009, written)
+    queries = torch.randn(len(written), 2, 63, 8)
+    found = ExactSearch(score_bytes)(queries, memory, top_k)
+    expected = reference_search(queries, memory, top_k)
+    assert torch.equal(found.valid, expected.valid)
+    for row, fill in enumerate(memory.fill.tolist()):
+        kept = min(top_k, fill)
+        ours, theirs = (x.slots[row, ..., :kept] for x in (found, expected))
+        torch.testing.assert_close(
+            true_scores(queries, memory, ours.new_zeros(found.slots.shape).copy_(found.slots))[
+                row, ..., :kept
+            ],
+            true_scores(queries, memory, expected.slots)[row, ..., :kept],
+        )
+        assert (ours.sort(-1).values.diff(dim=-1) > 0).all()
+        assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
+
+
+@pytest.mark.parametrize("block_scores", [2**19, 5000])
+def test_each_bucket_gives_its_best_member(
+    block_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All buckets asked for: what returns is the best of each, and every slot lies in one."""
+    monkeypatch.setattr(host, "BLOCK_SCORES", block_scores)
+    memory = filled(1000, [1000], heads=1)
+    queries = torch.randn(1, 1, 40, 8)
+    found = HostScan(100, torch.float32)(queries, memory, 50)
+    best = reference_search(queries, memory, 1)
+    assert torch.equal(found.slots[..., :1], best.slots)
+    assert (found.slots.sort(-1).values.diff(dim=-1) > 0).all()
+    scores = true_scores(queries, memory, found.slots)
+    assert torch.equal(scores, scores.sort(-1, descending=True).values)
+
+
+@pytest.mark.parametrize("threads", [1, 99], ids=["numpy", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 31, 256, 257, 600, 5003])
+@pytest.mark.parametrize("top_k", [1, 5, 32, 100, 400])
+def test_largest_equals_topk(
+    top_k: int, width: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(largest.torch, "get_num_threads", lambda: threads)
+    top_k = min(top_k, width)
+    scores = torch.randn(2, 3, width).to(dtype)
+    values, indices = largest.largest(scores, top_k)
+    assert torch.equal(values, scores.topk(top_k).values)
+    assert torch.equal(values, scores.gather(-1, indices))
+    assert (indices.sort(-1).values.diff(dim=-1) > 0).all()
+
+
+def test_largest_survives_infinities_and_negative_zero() -> None:
+    scores = torch.full((1, 700), -torch.inf)
+    scores[0, [3, 500, 699]] = torch.tensor([torch.inf, -0.0, -1e38])
+    values, indices = largest.largest(scores, 5)
+    assert indices[0, :3].tolist() == [3, 500, 699]
+    assert values[0, 3:].tolist() == [-torch.inf, -torch.inf]
