@@ -55,8 +55,8 @@ class MemoryBank:
         Raises:
             ValueError: where ``pairs`` holds another number of rows.
         """
-        if pairs and pairs[0][0].shape[0] != self.batch_size:
-            raise ValueError(f"a bank of {self.batch_size} rows got {pairs[0][0].shape[0]} rows")
+        if pairs:
+            self._check_rows(pairs[0][0].shape[0])
         for layer, memory in self.memories.items():
             memory.write(*pairs[layer], mask=mask, token_ids=token_ids, step=step)
         for layer, cache in self.caches.items():
@@ -69,19 +69,45 @@ class MemoryBank:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the bank, by name; the first dimension is the row."""
-        named: dict[str, Tensor] = {}
-        for kind, stores in (("memory", self.memories), ("cache", self.caches)):
-            for layer, store in stores.items():
-                for name, tensor in store.tensors().items():
-                    named[f"{kind}.{layer}.{name}"] = tensor
-        return named
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, store in self._named_stores().items()
+            for name, tensor in store.tensors().items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``tensors`` of a bank of as many rows gave.
+
+        Sizes may differ; a memory or cache that the other bank lacked stays as it is.
+
+        Raises:
+            ValueError: where ``tensors`` hold another number of rows.
+        """
+        for tensor in tensors.values():
+            self._check_rows(tensor.shape[0])
+        for prefix, store in self._named_stores().items():
+            own = {
+                name.removeprefix(f"{prefix}."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
+            if own:
+                store.load(own)
 
     def nbytes(self) -> int:
         """Bytes held on the device."""
         return sum(store.nbytes() for store in self._stores())
 
+    def _check_rows(self, rows: int) -> None:
+        if rows != self.batch_size:
+            raise ValueError(f"a bank of {self.batch_size} rows got {rows} rows")
+
     def _stores(self) -> list[Memory | XLCache]:
         return [*self.memories.values(), *self.caches.values()]
+
+    def _named_stores(self) -> dict[str, Memory | XLCache]:
+        memories = {f"memory.{layer}": store for layer, store in self.memories.items()}
+        return {**memories, **{f"cache.{layer}": store for layer, store in self.caches.items()}}
 
 
 STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

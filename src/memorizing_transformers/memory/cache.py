@@ -5,6 +5,8 @@ Shapes: B rows, G key/value heads, W cached tokens, N tokens of a segment, D hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from torch import Tensor
 class XLCache:
     """The last W pairs of each row, newest at the right; empty places are masked, never attended.
 
-    Writing and resetting replace tensors and never change them, so ``copy.copy`` is a snapshot.
+    Tensors are replaced and never changed, so ``copy.copy`` is a snapshot.
 
     Args:
         batch_size: rows B.
@@ -74,6 +76,17 @@ class XLCache:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the cache, by name; the first dimension is the row."""
         return {"keys": self.keys, "values": self.values, "length": self.length}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``tensors`` gave; a smaller cache keeps the newest tokens."""
+        old_size = tensors["keys"].shape[2]
+        kept = min(self.size, old_size)
+        for name in ("keys", "values"):
+            own = torch.zeros_like(getattr(self, name))
+            own[:, :, self.size - kept :] = tensors[name][:, :, old_size - kept :].to(own)
+            setattr(self, name, own)
+        self.length = tensors["length"].to(self.length).clamp(max=self.size)
 
     def nbytes(self) -> int:
         """Bytes held on the device."""

@@ -8,6 +8,7 @@ position, step). Writing a segment costs O(N) per row, resetting a row O(1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from weakref import WeakSet
 
 import torch
@@ -19,8 +20,8 @@ from .reading import Reading
 class Memory:
     """A first-in, first-out store of detached pairs, never a module and never a buffer.
 
-    A row's pair number ``i`` (counted from its last reset) lives in slot ``i % size``; so the first
-    ``fill`` slots of a row are the ones in use, whatever happened before.
+    A row's pair number ``i`` (counted from its last reset) lives in slot ``(i - origin) % size``;
+    so the first ``fill`` slots of a row are the ones in use, whatever happened before.
 
     Args:
         batch_size: rows B.
@@ -53,6 +54,8 @@ class Memory:
         """(B, M) the training step whose weights wrote it."""
         self.written = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) pairs written since the row's last reset."""
+        self.origin = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,) the first pair that counts; 0 but where a smaller memory, loaded, had lost some."""
         self._most_written = 0
         self._readings: WeakSet[Reading] = WeakSet()
 
@@ -65,7 +68,7 @@ class Memory:
     @property
     def fill(self) -> Tensor:
         """(B,) slots in use."""
-        return self.written.clamp(max=self.size)
+        return (self.written - self.origin).clamp(max=self.size)
 
     @property
     def max_fill(self) -> int:
@@ -79,7 +82,7 @@ class Memory:
 
     def age(self) -> Tensor:
         """(B, M) int64: pairs written to the row since the slot's own, 0 for the newest one."""
-        newest = self.written[:, None] - 1
+        newest = (self.written - self.origin)[:, None] - 1
         return (newest - torch.arange(self.size, device=newest.device)) % self.size
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ class Memory:
         kept = mask & (order >= count[:, None] - self.size)
         rows, tokens = kept.nonzero(as_tuple=True)
         positions = position[rows, tokens]
-        slots = positions % self.size
+        slots = (positions - self.origin[rows]) % self.size
         for reading in self._readings:
             reading.keep(rows, slots)
         self.keys[rows, :, slots] = keys.detach()[rows, :, tokens].to(self.keys.dtype)
@@ -127,14 +130,48 @@ class Memory:
         """Empty the rows where ``mask`` (B,) is True, or all rows."""
         if mask is None:
             self.written.zero_()
+            self.origin.zero_()
             self._most_written = 0
         else:
-            self.written.masked_fill_(mask.to(self.written.device), 0)
+            mask = mask.to(self.written.device)
+            self.written.masked_fill_(mask, 0)
+            self.origin.masked_fill_(mask, 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the memory, by name; the first dimension is the row."""
-        names = ("keys", "values", "token_ids", "positions", "steps", "written")
-        return {name: getattr(self, name) for name in names}
+        names = ("keys", "values", "token_ids", "positions", "steps", "written", "origin")
+        # The bound decides what a search reads, and so how its sums round.
+        bound = torch.full_like(self.written, self._most_written)
+        return {**{name: getattr(self, name) for name in names}, "bound": bound}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``tensors`` gave, also from a memory of another size or storage dtype.
+
+        A smaller memory keeps the newest pairs.
+        """
+        given = {name: tensor.to(self.written.device) for name, tensor in tensors.items()}
+        written, origin = given["written"], given["origin"]
+        old_size = given["keys"].shape[2]
+        # A larger memory must not count what the smaller one had already overwritten.
+        lost = written - old_size if self.size > old_size else origin
+        self.origin.copy_(torch.maximum(origin, lost))
+        self.written.copy_(written)
+        self._most_written = int(given["bound"].max())
+
+        kept = torch.arange(min(old_size, self.size), device=written.device)
+        position = written[:, None] - 1 - kept
+        rows, order = (position >= self.origin[:, None]).nonzero(as_tuple=True)
+        position = position[rows, order]
+        source = (position - origin[rows]) % old_size
+        target = (position - self.origin[rows]) % self.size
+        for name, own in self.tensors().items():
+            if own.ndim > 1 and old_size == self.size:
+                own.copy_(given[name])  # so that one who resumes holds the same bit for bit
+            elif own.ndim == 4:
+                own[rows, :, target] = given[name][rows, :, source].to(own.dtype)
+            elif own.ndim == 2:
+                own[rows, target] = given[name][rows, source]
 
     def nbytes(self) -> int:
         """Bytes held on the device."""

@@ -27,6 +27,10 @@ MANIFEST = "manifest.json"
 TRAINER_FILE = "trainer.ckpt"
 
 
+FOLDER_KEY = "checkpoint_folder"
+"""Where a loaded checkpoint keeps the folder that it came from, and its manifest."""
+
+
 class DamagedCheckpoint(UserError):
     """A checkpoint that is incomplete or was changed after it was written."""
 
@@ -203,3 +207,10 @@ def clean_leftovers(folder: Path) -> None:
     """Delete what runs that died while saving have left behind."""
     for path in folder.glob(".*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def explain_damage(folder: Path, error: DamagedCheckpoint) -> UserError:
+    """The damage in one line, with the newest good checkpoint beside it."""
+    good = newest_good(folder.parent)
+    remedy = f"the newest good one is {good}" if good else "there is no good one beside it"
+    return UserError(f"ckpt_path: {error}; {remedy}")

@@ -22,6 +22,7 @@ from .module import MemorizingLM
 from .quiet import hush
 from .report import final_report
 from .runs import resolve_checkpoint, run_folder
+from .trainer import MemoryTrainer
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -63,6 +64,7 @@ class MemoryCLI(LightningCLI):
             MemorizingLM,
             DocumentDataModule,
             parser_class=Parser,
+            trainer_class=MemoryTrainer,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.tokenization import fingerprint_tokenizer, load_tokenizer
 from ..errors import ConfigError
 from ..hub import MemorizingTransformer
+from .checkpoints import TRAINER_FILE, DamagedCheckpoint, explain_damage, verify
 
 SETTINGS_KEY = "model_settings"
 """Where a checkpoint keeps the fields of ``ModelConfig``."""
@@ -48,21 +49,22 @@ def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer
     """The trained model of a checkpoint, on the CPU, in evaluation mode, with its tokenizer.
 
     Args:
-        ckpt_path: a checkpoint file of this project.
+        ckpt_path: a checkpoint folder of this project.
         overrides: run-time settings that replace the saved ones, e.g. ``memory``.
 
     Raises:
-        ConfigError: where the file is missing or not such a checkpoint.
+        UserError: where the folder is missing, damaged or not such a checkpoint.
     """
-    if not Path(ckpt_path).is_file():
-        raise ConfigError("ckpt_path", str(ckpt_path), "there is no such file")
+    if not Path(ckpt_path).is_dir():
+        raise ConfigError("ckpt_path", str(ckpt_path), "there is no such checkpoint folder")
     try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-        settings = {**checkpoint[SETTINGS_KEY], **overrides}
-        weights = checkpoint["state_dict"]
-    except Exception as error:
-        remedy = f"not a checkpoint of this project ({type(error).__name__})"
-        raise ConfigError("ckpt_path", str(ckpt_path), remedy) from error
+        verify(Path(ckpt_path), [TRAINER_FILE])
+    except DamagedCheckpoint as error:
+        raise explain_damage(Path(ckpt_path), error) from error
+    file = Path(ckpt_path, TRAINER_FILE)
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    settings = {**checkpoint[SETTINGS_KEY], **overrides}
+    weights = checkpoint["state_dict"]
     model = MemorizingTransformer(**settings)
     model.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
     if TOKENIZER_KEY in checkpoint:

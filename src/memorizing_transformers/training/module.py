@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -21,9 +23,11 @@ from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
 from .callbacks import MemoryClearing, StalenessLogging, Throughput
+from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
 from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .metrics import language_model_metrics
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
+from .resume import check_resumable, restore_rank, resume_facts
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
@@ -39,6 +43,8 @@ class MemorizingLM(LightningModule):
 
     Args:
         optimizer: optimiser and schedule.
+        save_memory: keep the memory of every row in checkpoints; without it a resumed run goes on
+            with empty memory.
         staleness_every_n_steps: training steps between two measurements of staleness; 0 for never.
         settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
     """
@@ -46,6 +52,7 @@ class MemorizingLM(LightningModule):
     def __init__(
         self,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (never changed)
+        save_memory: bool = True,
         staleness_every_n_steps: int = 50,
         **settings: Any,
     ) -> None:
@@ -54,6 +61,8 @@ class MemorizingLM(LightningModule):
         optimizer.validate()
         self.config = config
         self.optimizer_config = optimizer
+        self.save_memory = save_memory
+        self._resume: dict[str, Any] | None = None
         self.staleness_every_n_steps = staleness_every_n_steps
         self.net: Transformer | None = None
         self.banks: dict[str, MemoryBank] = {}
@@ -110,6 +119,21 @@ class MemorizingLM(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
+
+    def on_train_start(self) -> None:
+        """Put back the memory of this rank's rows and its random states, when resuming."""
+        if self._resume is None:
+            return
+        assert self.net is not None
+        folder, manifest = Path(self._resume["path"]), self._resume["manifest"]
+        trainer, self._resume = self.trainer, None
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        bank = self.net.new_memory(datamodule.batch_rows // trainer.world_size, self.device)
+        try:
+            restore_rank(folder, manifest, trainer.global_rank, trainer.world_size, bank)
+        except DamagedCheckpoint as error:
+            raise explain_damage(folder, error) from error
+        self.banks["train"] = bank
 
     def prepare_bank(self, stage: str, batch: Batch) -> MemoryBank:
         """The stage's bank, made at its first batch, with this batch's new documents cleared."""
@@ -225,9 +249,7 @@ class MemorizingLM(LightningModule):
         """
         saved, ours = checkpoint.get(ARCHITECTURE_KEY), self.config.architecture()
         if saved is None:
-            raise UserError(
-                "ckpt_path: not a checkpoint of this project, no architecture in it"
-            )
+            raise UserError("ckpt_path: not a checkpoint of this project, no architecture in it")
         differing = [
             f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"
             for key in sorted(set(saved) | set(ours))
@@ -244,3 +266,8 @@ class MemorizingLM(LightningModule):
                 "data.tokenizer: not the checkpoint's tokenizer, so its ids mean other text; give "
                 "the tokenizer/ folder that `python -m memorizing_transformers export` writes"
             )
+        if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
+            self._resume = checkpoint.get(FOLDER_KEY)
+            if self._resume is not None:
+                facts = resume_facts(getattr(self.trainer, "datamodule", None))
+                check_resumable(self._resume["manifest"], facts)

@@ -46,8 +46,10 @@ class OptimizerConfig:
         Raises:
             ConfigError: naming the field and what would do.
         """
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise ConfigError(prefix + "lr", self.lr, "must be above 0")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise ConfigError(prefix + "total_steps", self.total_steps, "must be at least 1")
         if self.warmup_steps < 0:
             raise ConfigError(prefix + "warmup_steps", self.warmup_steps, "must be at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):

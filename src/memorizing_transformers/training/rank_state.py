@@ -62,24 +62,22 @@ def set_random_state(state: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(value, int(name.removeprefix("cuda.")))
 
 
-def save_rank(
-    folder: Path, rank: int, first_row: int, num_rows: int, bank: MemoryBank | None
-) -> Path:
+def save_rank(folder: Path, rank: int, bank: MemoryBank | None, with_memory: bool = True) -> Path:
     """Write a rank's part.
 
     Args:
         folder: the checkpoint.
         rank: this rank.
-        first_row: the global number of its first row.
-        num_rows: its rows.
-        bank: their memory, or None to leave memory out.
+        bank: the memory of its rows; ranks own as many rows each.
+        with_memory: whether to write that memory, or random states alone.
     """
+    num_rows = bank.batch_size if bank is not None else 0
     tensors = {RANDOM + name: value for name, value in random_state().items()}
-    if bank is not None:
+    if bank is not None and with_memory:
         for name, value in bank.tensors().items():
             tensors[ROWS + name] = value.detach().to("cpu").contiguous()
     path = folder / rank_file(rank)
-    save_file(tensors, path, metadata={"rows": f"{first_row}:{first_row + num_rows}"})
+    save_file(tensors, path, metadata={"rows": f"{rank * num_rows}:{(rank + 1) * num_rows}"})
     return path
 
 
@@ -90,14 +88,12 @@ def load_random_state(folder: Path, rank: int) -> None:
         set_random_state({name.removeprefix(RANDOM): part.get_tensor(name) for name in names})
 
 
-def load_rows(folder: Path, world_size: int, first_row: int, num_rows: int) -> dict[str, Tensor]:
-    """The tensors of rows ``first_row`` and following, from whichever parts hold them.
-
-    Only the rows asked for are read.
+def load_rows(folder: Path, parts: range, first_row: int, num_rows: int) -> dict[str, Tensor]:
+    """The tensors of rows ``first_row`` and following; only these rows are read.
 
     Args:
         folder: the checkpoint.
-        world_size: the ranks that wrote it.
+        parts: the ranks whose files hold these rows.
         first_row: the global number of the first row wanted.
         num_rows: how many.
 
@@ -106,25 +102,12 @@ def load_rows(folder: Path, world_size: int, first_row: int, num_rows: int) -> d
     """
     pieces: dict[str, list[Tensor]] = {}
     last_row = first_row + num_rows
-    for rank in range(world_size):
+    for rank in parts:
         with safe_open(folder / rank_file(rank), framework="pt") as part:
             begin, end = (int(row) for row in part.metadata()["rows"].split(":"))
             low, high = max(begin, first_row), min(end, last_row)
-            if low >= high:
-                continue
             for name in part.keys():  # noqa: SIM118
                 if name.startswith(ROWS):
                     rows = part.get_slice(name)[low - begin : high - begin]
                     pieces.setdefault(name.removeprefix(ROWS), []).append(rows)
     return {name: torch.cat(rows) for name, rows in pieces.items()}
-
-
-def rank_parts(world_size: int, first_row: int, num_rows: int, folder: Path) -> list[str]:
-    """The names of the parts that hold any of these rows."""
-    names = []
-    for rank in range(world_size):
-        with safe_open(folder / rank_file(rank), framework="pt") as part:
-            begin, end = (int(row) for row in part.metadata()["rows"].split(":"))
-        if max(begin, first_row) < min(end, first_row + num_rows):
-            names.append(rank_file(rank))
-    return names

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import ConfigError
+from .checkpoints import candidates
 
 
 def versions(root: Path) -> list[Path]:
@@ -15,7 +16,7 @@ def versions(root: Path) -> list[Path]:
 
 
 def resolve_checkpoint(ckpt_path: str | None, root: str | Path) -> str | None:
-    """A checkpoint's path; ``last`` is the newest ``last.ckpt`` under ``root``.
+    """A checkpoint's path; ``last`` is the newest whole one of the newest run under ``root``.
 
     Raises:
         ConfigError: where there is none.
@@ -24,13 +25,13 @@ def resolve_checkpoint(ckpt_path: str | None, root: str | Path) -> str | None:
         return None
     if ckpt_path == "last":
         for folder in reversed(versions(Path(root))):
-            last = folder / "checkpoints" / "last.ckpt"
-            if last.exists():
-                return str(last)
-        remedy = f"no version_*/checkpoints/last.ckpt under {root}; leave it out to start anew"
+            found = candidates(folder / "checkpoints")
+            if found:
+                return str(found[0])
+        remedy = f"no checkpoint in version_*/checkpoints under {root}; leave it out to start anew"
         raise ConfigError("ckpt_path", ckpt_path, remedy)
     if not Path(ckpt_path).exists():
-        raise ConfigError("ckpt_path", ckpt_path, "there is no such file; give a path or 'last'")
+        raise ConfigError("ckpt_path", ckpt_path, "there is no such folder; give a path or 'last'")
     return ckpt_path
 
 
