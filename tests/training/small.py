@@ -1,0 +1,170 @@
+"""Small modules, data and trainers, and what the tests of the training room ask of them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from memorizing_transformers.data import DocumentDataModule
+from memorizing_transformers.model import MemoryConfig
+from memorizing_transformers.training.module import MemorizingLM
+from memorizing_transformers.training.optimizers import OptimizerConfig
+
+SEGMENT = 16
+
+
+class Run(NamedTuple):
+    """A finished run of the command line."""
+
+    config: Path
+    root: Path
+    folder: Path
+    cli: Any
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+def write_texts(folder: Path) -> Path:
+    """Fourteen documents, each of its own few words, which come back throughout it."""
+    folder.mkdir()
+    draw = random.Random(0)
+    for index in range(14):
+        names = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(6)]
+        length = 150 + 43 * index
+        text = " ".join(draw.choice(names) for _ in range(length))[:length]
+        (folder / f"text{index:02d}.txt").write_text(text, "utf-8")
+    return folder
+
+
+def make_data(texts: Path, **options: Any) -> DocumentDataModule:
+    """Documents as bytes, four rows, segments of 16, a fifth each for validation and test."""
+    settings: dict[str, Any] = {
+        "batch_rows": 4,
+        "segment_length": SEGMENT,
+        "validation_fraction": 0.2,
+        "test_fraction": 0.2,
+        "cache_dir": str(texts.parent / "cache"),
+        "num_workers": 1,
+    }
+    return DocumentDataModule(str(texts), **{**settings, **options})
+
+
+def make_module(kind: type[MemorizingLM] = MemorizingLM, **settings: Any) -> MemorizingLM:
+    """Two layers of width 16, the second with a memory of 32; keys of memory go into it."""
+    memory = {"size": 32, "top_k": 4, "layers": [-1]}
+    for key in [*settings]:
+        if key in MemoryConfig.__dataclass_fields__:
+            memory[key] = settings.pop(key)
+    optimizer = {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0}
+    optimizer |= settings.pop("optimizer", {})
+    fields = {"d_model": 16, "num_layers": 2, "num_heads": 2, "staleness_every_n_steps": 0}
+    fields |= settings
+    torch.manual_seed(0)
+    return kind(OptimizerConfig(**optimizer), memory=MemoryConfig(**memory), **fields)
+
+
+def make_trainer(**options: Any) -> Trainer:
+    """A trainer on one CPU that shows, logs and saves nothing."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 12,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
+    return Trainer(**{**settings, **options})
+
+
+class Losses(Callback):
+    """Keeps every step's loss."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def state(module: MemorizingLM) -> dict[str, Tensor]:
+    """Copies of the weights and of everything that the training bank holds."""
+    tensors = {**module.state_dict(), **module.banks["train"].tensors()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """The same tensors to the last bit."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def write_config(path: Path, texts: Path, root: Path) -> Path:
+    """A config for the command line, of the sizes above."""
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "final_report": True,
+                "trainer": {
+                    "default_root_dir": str(root),
+                    "accelerator": "cpu",
+                    "devices": 1,
+                    "max_steps": 24,
+                    "val_check_interval": 8,
+                    "check_val_every_n_epoch": None,
+                    "log_every_n_steps": 4,
+                    "enable_progress_bar": False,
+                    "enable_model_summary": False,
+                    "callbacks": [
+                        {
+                            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                            "init_args": {"save_last": True, "monitor": "val/loss"},
+                        }
+                    ],
+                },
+                "model": {
+                    "d_model": 16,
+                    "num_layers": 2,
+                    "num_heads": 2,
+                    "staleness_every_n_steps": 8,
+                    "memory": {"size": 32, "top_k": 4, "layers": [-1]},
+                    "optimizer": {"lr": 1e-2, "warmup_steps": 4},
+                },
+                "data": {
+                    "source": str(texts),
+                    "batch_rows": 4,
+                    "segment_length": SEGMENT,
+                    "validation_fraction": 0.2,
+                    "test_fraction": 0.2,
+                    "cache_dir": str(texts.parent / "cache"),
+                    "num_workers": 1,
+                },
+            }
+        )
+    )
+    return path
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """By name, the scalars of a run's TensorBoard files: step to value."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }

@@ -1,0 +1,139 @@
+"""Schedules in numbers, and what each optimiser may touch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.training.optimizers import (
+    OptimizerConfig,
+    lr_factor,
+    make_optimizer,
+    make_schedule,
+)
+
+
+class Net(nn.Module):
+    """A matrix, a vector and a frozen vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(3, 4))
+        self.vector = nn.Parameter(torch.ones(4))
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self) -> torch.Tensor:
+        return (self.matrix @ self.vector).square().sum()
+
+
+def rates(steps: int, **settings: Any) -> list[float]:
+    """The learning rate of every step, from a real optimiser and its schedule."""
+    config = OptimizerConfig(**settings)
+    optimizer = make_optimizer(Net(), config)
+    schedule = make_schedule(optimizer, config, steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_the_papers_schedule() -> None:
+    config = OptimizerConfig("adafactor", lr=1.0, schedule="rsqrt", warmup_steps=1000)
+    rate = lr_factor(config, total_steps=0)
+    assert rate(1_000) == pytest.approx(0.0316, abs=5e-5)
+    assert rate(500_000) == pytest.approx(0.0014, abs=5e-5)
+    assert rate(4_000) == pytest.approx(rate(1_000) / 2)
+    # Linear before: half the rate at half the warm-up.
+    assert rate(499) == pytest.approx(rate(999) / 2)
+    assert max(rate(step) for step in range(3_000)) == rate(999)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "rsqrt"])
+def test_the_warm_up_rises_linearly_and_never_stands_at_zero(schedule: str) -> None:
+    seen = rates(20, lr=0.5, schedule=schedule, warmup_steps=5)
+    peak = seen[4]
+    assert seen[:5] == pytest.approx([peak * (step + 1) / 5 for step in range(5)])
+
+
+def test_a_constant_schedule_stays() -> None:
+    assert rates(9, lr=0.5, schedule="constant", warmup_steps=3)[2:] == [0.5] * 7
+
+
+def test_cosine_falls_to_its_final_share() -> None:
+    config = OptimizerConfig(lr=0.5, schedule="cosine", warmup_steps=4, final_lr_share=0.1)
+    rate = lr_factor(config, total_steps=104)
+    assert rate(4) == 1.0
+    assert rate(54) == pytest.approx(0.55)  # half-way between 1 and the final share
+    assert rate(104) == rate(1_000) == pytest.approx(0.1)
+    falling = [rate(step) for step in range(4, 105)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_cosine_ends_at_total_steps_rather_than_the_trainers_last() -> None:
+    settings = {"lr": 1.0, "warmup_steps": 0, "final_lr_share": 0.0, "total_steps": 10}
+    seen = rates(20, **settings)
+    assert seen[9] > 0
+    assert seen[10:] == [0.0] * 10
+
+
+@pytest.mark.parametrize("max_steps", [-1, 0])
+def test_cosine_without_an_end_is_refused(max_steps: int) -> None:
+    config = OptimizerConfig(schedule="cosine")
+    with pytest.raises(ConfigError, match=r"total_steps = None: .*trainer\.max_steps"):
+        make_schedule(make_optimizer(Net(), config), config, max_steps)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_steps_lower_the_loss_and_leave_frozen_parameters_alone(name: Any) -> None:
+    net = Net()
+    config = OptimizerConfig(name, lr=0.05, schedule="constant", warmup_steps=0)
+    optimizer = make_optimizer(net, config)
+    schedule = make_schedule(optimizer, config, -1)
+    first = net().item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        net().backward()
+        optimizer.step()
+        schedule.step()
+    assert math.isfinite(net().item())
+    assert net().item() < first
+    assert torch.equal(net.frozen, torch.ones(4))
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(net.matrix), id(net.vector)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_weight_decay_shrinks_matrices_alone(name: Any) -> None:
+    net = Net()
+    optimizer = make_optimizer(net, OptimizerConfig(name, lr=0.1, weight_decay=0.5))
+    for parameter in (net.matrix, net.vector):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(net.matrix, torch.full((3, 4), 0.95))
+    assert torch.equal(net.vector, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "lr = 0.0: must be above 0"),
+        ({"lr": -1.0}, "lr = -1.0: must be above 0"),
+        ({"lr": math.nan}, "lr = nan: must be above 0"),
+        ({"warmup_steps": -1}, "warmup_steps = -1: must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay = -0.1: must be at least 0"),
+        ({"betas": (0.9, 1.0)}, "betas = (0.9, 1.0): each must lie in [0, 1)"),
+        ({"final_lr_share": 1.5}, "final_lr_share = 1.5: must lie in [0, 1]"),
+        ({"total_steps": -3}, "total_steps = -3: must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig(**settings).validate()
+    assert str(caught.value) == f"model.optimizer.{message}"
