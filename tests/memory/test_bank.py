@@ -58,3 +58,34 @@ def test_tensors_name_everything_that_is_held() -> None:
     assert {name.rsplit(".", 1)[0] for name in named} == {"memory.1", "cache.0", "cache.1"}
     assert all(tensor.shape[0] == ROWS for tensor in named.values())
     assert bank.nbytes() == sum(t.numel() * t.element_size() for t in named.values())
+
+
+def test_a_loaded_bank_is_the_one_that_was_saved() -> None:
+    source, bank = make_bank(), make_bank()
+    source.commit(segment(), mask=torch.arange(5) < torch.tensor([[2], [5]]))
+    bank.commit(segment())
+    bank.load(source.tensors())
+    for name, tensor in source.tensors().items():
+        assert torch.equal(bank.tensors()[name], tensor), name
+    pairs = segment()
+    source.commit(pairs)
+    bank.commit(pairs)
+    for name, tensor in source.tensors().items():
+        assert torch.equal(bank.tensors()[name], tensor), name
+
+
+def test_loading_leaves_alone_what_the_other_bank_lacked() -> None:
+    bank = make_bank()
+    bank.commit(segment())
+    before = {name: tensor.clone() for name, tensor in bank.tensors().items()}
+    bank.load(MemoryBank(ROWS, {0: Memory(ROWS, HEADS, 7, WIDTH)}).tensors())
+    for name, tensor in bank.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_loading_refuses_another_number_of_rows(rows: int) -> None:
+    """One row would broadcast to all."""
+    stranger = MemoryBank(rows, {1: Memory(rows, HEADS, 7, WIDTH)})
+    with pytest.raises(ValueError, match=f"a bank of 2 rows got {rows} rows"):
+        make_bank().load(stranger.tensors())

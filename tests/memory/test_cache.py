@@ -57,12 +57,33 @@ def test_a_copy_keeps_what_it_held() -> None:
     cache = XLCache(ROWS, HEADS, 4, WIDTH)
     cache.write(*torch.randn(2, ROWS, HEADS, 3, WIDTH))
     before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
-    held = copy(cache)
-    cache.write(*torch.randn(2, ROWS, HEADS, 3, WIDTH))
-    cache.reset(torch.tensor([True, False, True]))
-    cache.reset()
-    for name, tensor in held.tensors().items():
-        assert torch.equal(tensor, before[name]), name
+    changes = (
+        lambda c: c.write(*torch.randn(2, ROWS, HEADS, 3, WIDTH)),
+        lambda c: c.reset(torch.tensor([True, False, True])),
+        lambda c: c.reset(),
+        lambda c: c.load(XLCache(ROWS, HEADS, 4, WIDTH).tensors()),
+    )
+    for change in changes:
+        changed, held = copy(cache), copy(cache)
+        change(changed)
+        for name, tensor in held.tensors().items():
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("old", [2, 4, 9])
+def test_loaded_into_another_size_it_holds_the_newest_tokens(old: int) -> None:
+    source, cache = XLCache(ROWS, HEADS, old, WIDTH), XLCache(ROWS, HEADS, 4, WIDTH)
+    cache.write(*torch.randn(2, ROWS, HEADS, 4, WIDTH))
+    keys, values = torch.randn(2, ROWS, HEADS, 6, WIDTH)
+    mask = torch.arange(6) < torch.tensor([[1], [3], [6]])
+    source.write(keys, values, mask)
+    cache.load(source.tensors())
+    for row, written in enumerate((1, 3, 6)):
+        held = min(written, old, 4)
+        assert cache.length[row] == held
+        newest = slice(written - held, written)
+        assert torch.equal(cache.keys[row, :, 4 - held :], keys[row, :, newest])
+        assert torch.equal(cache.values[row, :, 4 - held :], values[row, :, newest])
 
 
 def test_bytes_are_counted() -> None:

@@ -70,6 +70,20 @@ def assert_same(memory: Memory, slow: list[SlowRow]) -> None:
     assert memory.max_fill >= memory.fill.max()
 
 
+def write_to_both(
+    memory: Memory, segments: list[Segment], slow: list[SlowRow], first_step: int = 0
+) -> None:
+    for step, segment in enumerate(segments, first_step):
+        memory.write(segment.keys, segment.values, segment.mask, segment.token_ids, step)
+        for row, token in segment.mask.nonzero().tolist():
+            slow[row].append(
+                segment.keys[row, :, token],
+                segment.values[row, :, token],
+                int(segment.token_ids[row, token]),
+                step,
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(("size", "length"), [(12, 4), (10, 4), (7, 3), (13, 63), (1, 1), (5, 5)])
@@ -83,14 +97,7 @@ def test_keeps_the_last_pairs_of_every_row(
         memory.reset(forget)
         slow = [SlowRow(size) if forget[row] else slow[row] for row in range(3)]
         segment = random_segment(3, length, padded)
-        memory.write(segment.keys, segment.values, segment.mask, segment.token_ids, step)
-        for row, token in segment.mask.nonzero().tolist():
-            slow[row].append(
-                segment.keys[row, :, token],
-                segment.values[row, :, token],
-                int(segment.token_ids[row, token]),
-                step,
-            )
+        write_to_both(memory, [segment], slow, step)
         assert_same(memory, slow)
 
 
@@ -155,4 +162,72 @@ def test_what_is_stored_has_no_history_and_no_alias() -> None:
 
 def test_bytes_are_counted() -> None:
     memory = Memory(2, HEADS, 7, WIDTH, torch.bfloat16)
-    assert memory.nbytes() == 2 * 7 * (2 * HEADS * WIDTH * 2 + 12) + 2 * 8
+    slots = 2 * 7 * (2 * HEADS * WIDTH * 2 + 12)
+    assert slots < memory.nbytes() < slots + 2 * 40
+
+
+@pytest.mark.parametrize("before", [0, 1, 4], ids=lambda n: f"{n} segments")
+@pytest.mark.parametrize(("old", "new"), [(7, 7), (7, 3), (7, 20), (7, 100), (12, 8)])
+def test_loaded_into_another_size_it_holds_the_newest_pairs_and_no_others(
+    old: int, new: int, before: int
+) -> None:
+    """What the smaller one had overwritten is not there, and is not taken for empty keys either."""
+    source, slow = Memory(3, HEADS, old, WIDTH), [SlowRow(old) for _ in range(3)]
+    write_to_both(source, [random_segment(3, 5, padded=True) for _ in range(before)], slow)
+    memory = Memory(3, HEADS, new, WIDTH)
+    memory.write(*random_segment(3, 9)[:2])
+    memory.load({name: tensor.clone() for name, tensor in source.tensors().items()})
+    for row in slow:
+        row.size, row.pairs = new, row.pairs[-new:]
+    assert_same(memory, slow)
+    for _ in range(30):  # and goes on as if it had been there from the first
+        write_to_both(memory, [random_segment(3, 4, padded=True)], slow)
+        assert_same(memory, slow)
+    memory.reset()
+    slow = [SlowRow(new) for _ in range(3)]
+    write_to_both(memory, [random_segment(3, 5)], slow)
+    assert_same(memory, slow)
+
+
+def test_loaded_twice_through_a_larger_one_it_is_still_right() -> None:
+    slow, segments = [SlowRow(7)], [random_segment(1, 5) for _ in range(4)]
+    memory = Memory(1, HEADS, 7, WIDTH)
+    write_to_both(memory, segments, slow)
+    for size in (11, 16, 9):
+        larger = Memory(1, HEADS, size, WIDTH)
+        larger.load(memory.tensors())
+        memory = larger
+        slow[0].size, slow[0].pairs = size, slow[0].pairs[-size:]
+        assert_same(memory, slow)
+        write_to_both(memory, [random_segment(1, 2)], slow)
+        assert_same(memory, slow)
+
+
+def test_loaded_into_the_same_size_it_is_the_same_bit_for_bit() -> None:
+    source = Memory(3, HEADS, 7, WIDTH)
+    source.write(*random_segment(3, 9)[:2])
+    source.reset(torch.tensor([True, False, False]))
+    source.write(*random_segment(3, 3)[:2])
+    memory = Memory(3, HEADS, 7, WIDTH)
+    memory.load(source.tensors())
+    assert memory.max_fill == source.max_fill
+    for name, tensor in source.tensors().items():
+        assert torch.equal(memory.tensors()[name], tensor), name
+        assert memory.tensors()[name].data_ptr() != tensor.data_ptr(), name
+
+
+def test_loaded_into_another_dtype_it_is_rounded() -> None:
+    source, memory = Memory(1, HEADS, 7, WIDTH), Memory(1, HEADS, 9, WIDTH, torch.bfloat16)
+    source.write(*random_segment(1, 6)[:2])
+    memory.load(source.tensors())
+    assert torch.equal(memory.keys[:, :, :6], source.keys[:, :, :6].bfloat16())
+
+
+def test_a_long_segment_writes_each_slot_once() -> None:
+    """Two writes to a slot would race where several threads write."""
+    torch.set_num_threads(2)
+    memory, segment = Memory(1, HEADS, 7, 64), torch.randn(2, 1, HEADS, 6000, 64)
+    memory.write(*segment)
+    kept = memory.positions[0].long()
+    assert torch.equal(memory.keys, segment[0][:, :, kept])
+    assert torch.equal(memory.values, segment[1][:, :, kept])

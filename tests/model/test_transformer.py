@@ -172,6 +172,13 @@ def test_the_bank_has_what_the_config_says() -> None:
     assert small_model(size=0).new_memory(2).tensors() == {}
 
 
+def test_pairs_to_commit_carry_no_history() -> None:
+    model, ids = small_model(), random_tokens(2, 5)
+    output = model(ids, model.new_memory(2))
+    assert output.logits.requires_grad
+    assert not any(tensor.requires_grad for pair in output.pairs for tensor in pair)
+
+
 def test_the_bank_stays_out_of_the_module() -> None:
     model = small_model(xl_cache=4)
     before = set(model.state_dict())
