@@ -34,14 +34,17 @@ class Run(NamedTuple):
 
 
 def write_texts(folder: Path) -> Path:
-    """Fourteen documents, each of its own few words, which come back throughout it."""
+    """Fourteen documents, each of its own few words, which come back throughout it.
+
+    By their names three fall to validation and three to the test.
+    """
     folder.mkdir()
     draw = random.Random(0)
     for index in range(14):
         names = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(6)]
         length = 150 + 43 * index
         text = " ".join(draw.choice(names) for _ in range(length))[:length]
-        (folder / f"text{index:02d}.txt").write_text(text, "utf-8")
+        (folder / f"story{index:02d}.txt").write_text(text, "utf-8")
     return folder
 
 

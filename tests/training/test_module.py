@@ -184,7 +184,7 @@ def test_every_token_weighs_the_same(texts: Path) -> None:
     batches = list(data.train_dataloader())
     padded = next(batch for batch in batches if not batch.mask.all())
     bank = module.prepare_bank("train", padded)
-    output, nll = module.read("train", padded)
+    _, nll = module.read("train", padded)
     assert nll[~padded.mask].abs().max() == 0
     module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     bank.reset()
