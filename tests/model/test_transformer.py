@@ -96,19 +96,52 @@ def test_recomputation_changes_neither_loss_nor_gradients(combine: str, xl_cache
         torch.testing.assert_close(recomputed, plain)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "only gate and bias trained"])
 @pytest.mark.parametrize("combine", COMBINES)
-def test_gradients_do_not_depend_on_whether_commit_or_backward_comes_first(combine: str) -> None:
+def test_gradients_do_not_depend_on_what_comes_before_backward(combine: str, frozen: bool) -> None:
     """The ring is overwritten in place, while the backward pass needs what was read."""
     gradients = []
-    for commit_first in (True, False):
+    for changes in (0, 1, 4):
         model = small_model(combine=combine, xl_cache=4, position_bias="t5")
         bank = model.new_memory(2)
         read(model, bank, random_tokens(2, 10, seed=1), 5)
+        wanted = model.memory_parameters() if frozen else list(model.parameters())
+        model.requires_grad_(not frozen)
+        for parameter in wanted:
+            parameter.requires_grad_()
         output = model(random_tokens(2, 5), bank)
-        if commit_first:
+        for change in range(changes):
             bank.commit(output.pairs)
-        gradients.append(torch.autograd.grad(output.logits.sum(), list(model.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+            bank.reset(torch.tensor([change == 1, change == 2]))
+        after = {name: tensor.clone() for name, tensor in bank.tensors().items()}
+        loss = output.logits.square().sum()
+        first = torch.autograd.grad(loss, wanted, retain_graph=True)
+        second = torch.autograd.grad(loss, wanted)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for name, tensor in bank.tensors().items():
+            assert torch.equal(tensor, after[name]), name
+        gradients.append(first)
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+def test_one_loss_over_several_committed_segments_has_the_gradient_of_their_sum() -> None:
+    tokens = random_tokens(2, 25)
+    results = []
+    for together in (False, True):
+        model = small_model(position_bias="t5", combine="joint")
+        bank, losses = model.new_memory(2), []
+        for ids in tokens.split(5, dim=1):
+            output = model(ids, bank)
+            bank.commit(output.pairs)
+            losses.append(output.logits.square().sum())
+            if not together:
+                losses.pop().backward()
+        if together:
+            torch.stack(losses).sum().backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for apart, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, apart, atol=1e-3, rtol=1e-4)
 
 
 def test_recomputation_draws_the_same_dropout() -> None:

@@ -46,7 +46,8 @@ def attend(
     slots = slots.masked_fill(~valid, 0)
     # An empty slot may hold anything, and 0 x NaN is NaN. Asking costs a wait on a GPU.
     counted = valid if queries.is_cuda or not valid.all() else None
-    differentiated = torch.is_grad_enabled() and queries.requires_grad
+    live = queries.requires_grad or (bias is not None and bias.requires_grad)
+    differentiated = torch.is_grad_enabled() and live
     reading = memory.reading() if differentiated else None
     with torch.autocast(queries.device.type, enabled=False):
         scores = dots(queries.float(), Rows(memory.keys, slots, counted, None, reading))
