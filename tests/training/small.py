@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -102,6 +103,19 @@ class Losses(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.values.append(outputs["loss"].item())
+
+
+class Scalars(DummyLogger):
+    """Keeps what is logged: by name, step to value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, dict[int, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        for name, value in metrics.items():
+            self.values.setdefault(name, {})[step] = float(value)
 
 
 def state(module: MemorizingLM) -> dict[str, Tensor]:
