@@ -50,7 +50,8 @@ def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer
 
     Args:
         ckpt_path: a checkpoint folder of this project.
-        overrides: run-time settings that replace the saved ones, e.g. ``memory``.
+        overrides: run-time settings that replace the saved ones; of ``memory`` those that are
+            given, e.g. ``memory={"size": 65536}``.
 
     Raises:
         UserError: where the folder is missing, damaged or not such a checkpoint.
@@ -63,7 +64,9 @@ def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer
         raise explain_damage(Path(ckpt_path), error) from error
     file = Path(ckpt_path, TRAINER_FILE)
     checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    settings = {**checkpoint[SETTINGS_KEY], **overrides}
+    saved = checkpoint[SETTINGS_KEY]
+    memory = {**saved["memory"], **overrides.pop("memory", {})}
+    settings = {**saved, **overrides, "memory": memory}
     weights = checkpoint["state_dict"]
     model = MemorizingTransformer(**settings)
     model.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})

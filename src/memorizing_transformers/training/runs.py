@@ -44,9 +44,10 @@ def run_folder(root: Path, command: str, ckpt_path: str | None) -> Path:
     if command != "fit":
         root = root / command
     elif ckpt_path is not None:
-        run = Path(ckpt_path).parent.parent
-        if run in versions(root):
-            return run
+        run = Path(ckpt_path).resolve().parent.parent
+        for known in versions(root):
+            if known.resolve() == run:
+                return known
     taken = versions(root)
     number = int(taken[-1].name.removeprefix("version_")) + 1 if taken else 0
     return root / f"version_{number}"
