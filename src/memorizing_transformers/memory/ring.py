@@ -56,6 +56,9 @@ class Memory:
         """(B,) pairs written since the row's last reset."""
         self.origin = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) the first pair that counts; 0 but where a smaller memory, loaded, had lost some."""
+        self.document = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,) changes whenever a row does not continue what it held, for an index built beside the
+        ring; not part of what defines the memory."""
         self._most_written = 0
         self._readings: WeakSet[Reading] = WeakSet()
 
@@ -129,11 +132,13 @@ class Memory:
     def reset(self, mask: Tensor | None = None) -> None:
         """Empty the rows where ``mask`` (B,) is True, or all rows."""
         if mask is None:
+            self.document += 1
             self.written.zero_()
             self.origin.zero_()
             self._most_written = 0
         else:
             mask = mask.to(self.written.device)
+            self.document += mask
             self.written.masked_fill_(mask, 0)
             self.origin.masked_fill_(mask, 0)
 
@@ -150,6 +155,10 @@ class Memory:
 
         A smaller memory keeps the newest pairs.
         """
+        everywhere = torch.ones_like(self.positions, dtype=torch.bool).nonzero(as_tuple=True)
+        for reading in self._readings:
+            reading.keep(*everywhere)
+        self.document += 1
         given = {name: tensor.to(self.written.device) for name, tensor in tensors.items()}
         written, origin = given["written"], given["origin"]
         old_size = given["keys"].shape[2]

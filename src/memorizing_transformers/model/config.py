@@ -30,7 +30,9 @@ class MemoryConfig:
         top_k: neighbours that each query retrieves.
         layers: indices of the layers that reach the memory, counted from 0, negative from the end;
             [] builds a model without memory. The default is one layer three quarters of the way up.
-        search: exact, bucketed (approximate, one pass) or reference (slow and obvious).
+        search: auto (by device and size, said in the log), exact, bucketed (approximate, one pass),
+            faiss (on the host, for very large memories: faiss-ivf, faiss-hnsw or faiss-flat) or
+            reference (slow and obvious).
         recall_target: expected share of the true neighbours that an approximate search returns.
         combine: how memory and local attention are joined: gate (a learned number per head), fixed
             (fixed_value for all), content (computed from the token's hidden state), joint (one
@@ -47,7 +49,16 @@ class MemoryConfig:
     size: int = 8192
     top_k: int = 32
     layers: list[int] | None = None
-    search: Literal["exact", "bucketed", "reference"] = "exact"
+    search: Literal[
+        "auto",
+        "exact",
+        "bucketed",
+        "faiss",
+        "faiss-flat",
+        "faiss-ivf",
+        "faiss-hnsw",
+        "reference",
+    ] = "exact"
     recall_target: float = 0.95
     combine: Literal["gate", "fixed", "content", "joint"] = "gate"
     fixed_value: float = 0.5

@@ -5,7 +5,7 @@ Shapes: B rows, G key/value heads, Q queries of a head group, M slots, K neighbo
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,8 +33,13 @@ def make_search(name: str, recall_target: float = 0.95) -> Search:
 
     Args:
         name: one of ``SEARCHES``.
-        recall_target: expected share of the true neighbours, for ``bucketed``.
+        recall_target: expected share of the true neighbours, for approximate searches.
+
+    Raises:
+        ImportError: where a faiss search is asked for and faiss is not installed.
+        ValueError: where there is no search of that name.
     """
+    from .auto import AutoSearch
     from .bucketed import BucketedSearch
     from .exact import ExactSearch
     from .reference import reference_search
@@ -45,7 +50,22 @@ def make_search(name: str, recall_target: float = 0.95) -> Search:
         return ExactSearch()
     if name == "bucketed":
         return BucketedSearch(recall_target)
+    if name == "auto":
+        return AutoSearch(recall_target)
+    if name in FAISS_KINDS:
+        from .indexes import FaissSearch
+
+        return FaissSearch(FAISS_KINDS[name], recall_target)
     raise ValueError(f"no search named {name!r}; there is {', '.join(SEARCHES)}")
 
 
-SEARCHES = ("exact", "bucketed", "reference")
+FAISS_KINDS: dict[str, Literal["flat", "ivf", "hnsw"]] = {
+    "faiss": "ivf",
+    "faiss-flat": "flat",
+    "faiss-ivf": "ivf",
+    "faiss-hnsw": "hnsw",
+}
+"""The kind of index behind each name; ``faiss`` alone is the one that grows best."""
+
+SEARCHES = ("auto", "exact", "bucketed", *FAISS_KINDS, "reference")
+"""What ``make_search`` knows."""

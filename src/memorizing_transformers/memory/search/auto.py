@@ -1,0 +1,67 @@
+"""The automatic choice of a search, by device and by memory size, with its reason."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..ring import Memory
+from . import Neighbours, Search, make_search
+
+logger = logging.getLogger(__name__)
+
+EXACT_UP_TO = {"cpu": 16384, "cuda": 8192}
+"""Slots up to which an exact search costs about as much as an approximate one."""
+SCAN_UP_TO = 2**20
+"""Slots from which on a host reads less with an index than with a scan of everything."""
+
+
+class Choice(NamedTuple):
+    """A search and why."""
+
+    name: str
+    reason: str
+
+
+def choose_search(device: str, size: int, rows: int, heads: int) -> Choice:
+    """The search that suits a memory.
+
+    Args:
+        device: type of the device that holds the memory, cpu or cuda.
+        size: slots M a row.
+        rows: rows B.
+        heads: key/value heads G.
+    """
+    pairs = f"{rows} rows x {heads} heads x {size} slots on {device}"
+    bound = EXACT_UP_TO.get(device, EXACT_UP_TO["cuda"])
+    if size <= bound:
+        return Choice("exact", f"{pairs}: up to {bound} slots the exact search costs no more")
+    if device == "cpu" and size > SCAN_UP_TO and find_spec("faiss") is not None:
+        return Choice(
+            "faiss", f"{pairs}: beyond {SCAN_UP_TO} slots an index reads less than a scan"
+        )
+    return Choice("bucketed", f"{pairs}: beyond {bound} slots one approximate pass is cheaper")
+
+
+class AutoSearch:
+    """Chooses at the first search, says so in the log, and stays with it.
+
+    Args:
+        recall_target: expected share of the true neighbours, for approximate searches.
+    """
+
+    def __init__(self, recall_target: float = 0.95) -> None:
+        self.recall_target = recall_target
+        self.choice: Choice | None = None
+        self._search: Search | None = None
+
+    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+        if self._search is None:
+            batch, groups, size, _ = memory.keys.shape
+            self.choice = choose_search(memory.keys.device.type, size, batch, groups)
+            self._search = make_search(self.choice.name, self.recall_target)
+            logger.info("memory search: %s (%s)", *self.choice)
+        return self._search(queries, memory, top_k)

@@ -1,0 +1,102 @@
+"""faiss behind the ring: wrap-around, resets, retirement, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memorizing_transformers.memory import Memory, Neighbours, make_search
+from memorizing_transformers.memory.search.reference import reference_search
+
+pytest.importorskip("faiss", reason="faiss is not installed")
+
+from memorizing_transformers.memory.search import indexes
+
+HEADS, WIDTH, TOP_K = 2, 8, 5
+KINDS = ["flat", "ivf", "hnsw"]
+
+
+def write(memory: Memory, count: int, mask: torch.Tensor | None = None) -> None:
+    rows = memory.written.shape[0]
+    memory.write(*torch.randn(2, rows, HEADS, count, WIDTH), mask)
+
+
+def recall(found: Neighbours, expected: Neighbours) -> float:
+    hit = (found.slots[..., None, :] == expected.slots[..., :, None]) & found.valid[..., None, :]
+    return float(hit.any(-1)[expected.valid].float().mean()) if expected.valid.any() else 1.0
+
+
+def assert_agrees(search: indexes.FaissSearch, memory: Memory, least: float) -> None:
+    """As many neighbours as there are, none of them expired, nearly all true."""
+    queries = torch.randn(memory.written.shape[0], HEADS, 31, WIDTH)
+    found, expected = (f(queries, memory, TOP_K) for f in (search, reference_search))
+    assert torch.equal(found.valid, expected.valid)
+    assert (found.slots[found.valid] >= 0).all()
+    assert (found.slots < memory.fill[:, None, None, None])[found.valid].all()
+    assert recall(found, expected) >= least
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [509, 1024])
+def test_follows_the_ring(kind: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing, wrapping around, one row reset, padded rows, more than a ring at once."""
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch(kind, 0.95)
+    least = 1.0 if kind == "flat" else 0.9
+    memory = Memory(2, HEADS, size, WIDTH)
+    memory.keys.fill_(torch.nan)
+    assert_agrees(search, memory, 1.0)
+    for step in range(40):
+        write(
+            memory,
+            63,
+            torch.tensor([[True] * 63, [True] * (step % 63 + 1) + [False] * (62 - step % 63)]),
+        )
+        if step in (7, 20):
+            memory.reset(torch.tensor([step == 7, step == 20]))
+            write(memory, 3)
+        if step % 3 == 0 or step > 35:
+            assert_agrees(search, memory, least)
+    write(memory, 3 * size)
+    assert_agrees(search, memory, least)
+    other = Memory(2, HEADS, size, WIDTH)
+    write(other, 200)
+    memory.load(other.tensors())
+    assert_agrees(search, memory, least)
+
+
+def test_a_reset_that_wrote_as_much_again_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch("ivf", 0.95)
+    memory = Memory(1, HEADS, 512, WIDTH)
+    for _ in range(2):
+        memory.reset()
+        write(memory, 300)
+        assert_agrees(search, memory, 0.9)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_sub_indexes_retire_and_never_outnumber_the_ring(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch(kind)
+    memory = Memory(1, HEADS, 512, WIDTH)
+    for _ in range(30):
+        write(memory, 50)
+        search(torch.randn(1, HEADS, 4, WIDTH), memory, TOP_K)
+        (queue, _) = search._queues[memory][0]
+        oldest = max(0, int(memory.written) - 512)
+        assert len(queue.sealed) <= indexes.RUNS + 1
+        assert all(part.last > oldest for part in queue.sealed)
+    assert len(queue.sealed) >= indexes.RUNS - 1
+
+
+def test_indexes_go_with_their_memory() -> None:
+    search = make_search("faiss")
+    memory = Memory(1, HEADS, 64, WIDTH)
+    write(memory, 10)
+    search(torch.randn(1, HEADS, 4, WIDTH), memory, TOP_K)
+    assert len(search._queues) == 1
+    del memory
+    assert len(search._queues) == 0
