@@ -34,6 +34,13 @@ def assert_agrees(search: indexes.FaissSearch, memory: Memory, least: float) -> 
     assert (found.slots[found.valid] >= 0).all()
     assert (found.slots < memory.fill[:, None, None, None])[found.valid].all()
     assert recall(found, expected) >= least
+    # A pair that left the ring would show as another one's slot, out of order or twice.
+    index = found.slots.masked_fill(~found.valid, 0)
+    keys = memory.keys.nan_to_num()
+    scores = (queries @ keys.mT).gather(-1, index).masked_fill(~found.valid, -1e9)
+    torch.testing.assert_close(scores, scores.sort(-1, descending=True).values)
+    distinct = torch.where(found.valid, found.slots, -1 - torch.arange(TOP_K)).sort(-1).values
+    assert (distinct.diff(dim=-1) > 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
