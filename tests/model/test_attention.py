@@ -93,6 +93,24 @@ def test_retrieval_reports_what_the_layer_did() -> None:
     assert not any(tensor.requires_grad for tensor in retrieval)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("search", ["exact", "bucketed", "reference"])
+def test_bf16_mixed_searches_in_fp32(search: str, dtype: str) -> None:
+    """Scores rounded to bf16 would confuse most of a few hundred neighbours."""
+    config = small_config(size=400, top_k=8, search=search, d_model=64)
+    config.memory.dtype, config.memory.recall_target = dtype, 0.999
+    model = small_model(config)
+    bank = model.new_memory(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        for ids in random_tokens(2, 400).split(100, dim=1):
+            bank.commit(model(ids, bank).pairs)
+        retrieval = model(random_tokens(2, 20, seed=1), bank).retrievals[1]
+    keys = bank.memories[1].keys.float().repeat_interleave(2, dim=1)
+    scores = retrieval.queries.float() @ keys.transpose(-1, -2)
+    expected = scores.topk(8).values
+    torch.testing.assert_close(scores.gather(-1, retrieval.slots), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("combine", COMBINES)
 def test_only_queries_scale_gate_and_bias_feel_the_memory(combine: str) -> None:
     """Gradient passes through the retrieved part of the output, never into stored pairs."""

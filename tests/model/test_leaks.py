@@ -12,12 +12,15 @@ import torch
 from build import COMBINES, VOCAB, logits_of, random_tokens, read, small_model
 from torch import Tensor
 
+from memorizing_transformers.memory import SEARCHES
+
 VARIANTS: list[dict[str, Any]] = [
     *({"combine": combine, "xl_cache": cache} for combine in COMBINES for cache in (0, 6)),
     {"combine": "joint", "position_bias": "t5", "layers": [0, 1], "xl_cache": 3},
     {"combine": "gate", "position_bias": "learned-absolute", "layers": [0, 1]},
     {"combine": "gate", "qk_norm": False, "num_kv_heads": 4, "xl_cache": 6},
-    {"combine": "content", "search": "bucketed", "size": 64, "top_k": 8, "xl_cache": 6},
+    # A search may keep an index of its own beside the ring, and share it between layers.
+    *({"combine": "joint", "search": name, "layers": [0, 1], "size": 12} for name in SEARCHES),
 ]
 SEGMENT = 5
 
