@@ -1,0 +1,190 @@
+"""What a run will cost, before it starts: bytes on the device and host, FLOPs, checkpoint bytes.
+
+A cost model, not a measurement. A product of an (a, b) with a (b, c) matrix counts 2abc FLOPs; the
+backward pass of what has weights costs twice its forward pass; a search has no backward pass.
+Activations count what autograd keeps of each layer. ``docs/performance.md`` holds it against
+measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..memory import STORAGE_DTYPES
+from ..model import ModelConfig
+
+BOOKKEEPING = 12
+"""Bytes a slot beside its pair: token, position, step."""
+OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
+"""Numbers of optimiser state per weight; Adafactor's factors are negligible."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of one step of one run; bytes and FLOPs, all ranks together."""
+
+    parameters: int
+    weight_bytes: int
+    """Weights in fp32."""
+    gradient_bytes: int
+    optimizer_bytes: int
+    memory_bytes: int
+    """Keys, values and bookkeeping of all memory layers, full."""
+    cache_bytes: int
+    """XL caches."""
+    activation_bytes: int
+    search_bytes: int
+    """Scratch of a search: scores that live at once."""
+    index_bytes: int
+    """Host copies of keys inside faiss indexes, links included; 0 for other searches."""
+    model_flops: float
+    """Dense layers and local attention, forward and backward."""
+    search_flops: float
+    """Scoring every slot; what an index would skip is counted."""
+    attention_flops: float
+    """Attention over what was retrieved, forward and backward."""
+    checkpoint_bytes: int
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a training step."""
+        return self.model_flops + self.search_flops + self.attention_flops
+
+    @property
+    def memory_share(self) -> float:
+        """Share of a step's FLOPs that the memory takes, in [0, 1]."""
+        return (self.search_flops + self.attention_flops) / self.flops
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that live where the model lives."""
+        state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        return (
+            state
+            + self.memory_bytes
+            + self.cache_bytes
+            + self.activation_bytes
+            + (0 if self.index_bytes else self.search_bytes)
+        )
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that live on the host beside that."""
+        return self.index_bytes
+
+    def lines(self) -> list[str]:
+        """The estimate as aligned lines."""
+        rows = [
+            ("parameters", f"{self.parameters:,}"),
+            ("device", _bytes(self.device_bytes)),
+            (
+                "  weights, gradients, optimiser",
+                _bytes(self.weight_bytes + self.gradient_bytes + self.optimizer_bytes),
+            ),
+            ("  memory", _bytes(self.memory_bytes)),
+            ("  XL caches", _bytes(self.cache_bytes)),
+            ("  activations", _bytes(self.activation_bytes)),
+            ("  search", _bytes(0 if self.index_bytes else self.search_bytes)),
+            ("host", _bytes(self.host_bytes)),
+            ("checkpoint", _bytes(self.checkpoint_bytes)),
+            ("FLOPs a step", f"{self.flops:.3g}"),
+            ("  of which the memory", f"{self.memory_share:.1%}"),
+        ]
+        return [f"{name:<34}{value:>16}" for name, value in rows]
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Weights of a model, by its shapes alone."""
+    width, kv_width = (heads * config.head_width for heads in (config.num_heads, config.kv_heads))
+    layer = config.d_model * (2 * width + 2 * kv_width + 2 * config.ff_width + 2)
+    layer += config.num_heads * (config.relative_buckets + config.qk_norm)
+    memory = config.memory
+    extra = {"gate": config.num_heads, "content": (config.d_model + 1) * config.num_heads}
+    per_memory_layer = extra.get(memory.combine, 0)
+    if memory.position_bias != "none":
+        per_memory_layer += memory.bias_buckets * config.num_heads
+    total = config.num_layers * layer + len(config.memory_layers) * per_memory_layer
+    return total + (vocab_size + 1) * config.d_model
+
+
+def estimate(
+    config: ModelConfig,
+    rows: int,
+    segment: int,
+    vocab_size: int | None = None,
+    optimizer: str = "adamw",
+    activation_bytes: int = 4,
+) -> Estimate:
+    """Cost of training a model with a full memory.
+
+    Args:
+        config: the model.
+        rows: rows B over all ranks.
+        segment: tokens N of a segment.
+        vocab_size: V; None for the config's own.
+        optimizer: adamw or adafactor.
+        activation_bytes: bytes of an activation: 4, or 2 under bf16-mixed.
+
+    Raises:
+        ValueError: where neither the config nor the caller knows V.
+    """
+    vocab = vocab_size or config.vocab_size
+    if vocab is None:
+        raise ValueError("vocab_size: the config leaves it open; give the tokenizer's")
+    memory = config.memory
+    heads, groups, width = config.num_heads, config.kv_heads, config.head_width
+    layers, memory_layers = config.num_layers, len(config.memory_layers) if memory.size else 0
+    tokens, reach = rows * segment, segment + config.xl_cache
+
+    parameters = count_parameters(config, vocab)
+    dense = parameters - config.num_layers * (2 * config.d_model) - config.d_model
+    local = 4 * tokens * heads * reach * width * layers
+    scored = 2 * tokens * heads * memory.size * width * memory_layers
+    retrieved = 4 * tokens * heads * memory.top_k * width * memory_layers
+
+    element = torch.empty(0, dtype=STORAGE_DTYPES[memory.dtype]).element_size()
+    slot = 2 * groups * width * element + BOOKKEEPING
+    memory_bytes = rows * memory.size * slot * memory_layers
+    cache_bytes = rows * config.xl_cache * 2 * groups * width * 4 * layers
+
+    # What the backward pass keeps: about ten hidden states and both sides of the feed-forward
+    # layer, queries, keys, values, heads, and the bias and mask of local attention.
+    hidden = 10 * config.d_model + 2 * config.ff_width + (3 * heads + 2 * groups) * width
+    kept = tokens * hidden * layers + rows * heads * segment * reach * layers
+    if config.activation_checkpointing:
+        kept = tokens * (2 * config.d_model * layers + hidden) + rows * heads * segment * reach
+    kept += 2 * tokens * heads * memory.top_k * memory_layers
+    logits = 3 * tokens * vocab * 4
+
+    index_bytes = 0
+    if memory.search in ("faiss", "faiss-ivf", "faiss-hnsw"):
+        per_key = 4 * width + (128 + 8 if memory.search == "faiss-hnsw" else 8)
+        index_bytes = rows * groups * memory.size * per_key * memory_layers
+    weight_bytes = 4 * parameters
+    optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES[optimizer])
+    scratch = min(64 * 2**20, 4 * tokens * heads * memory.size) if memory_layers else 0
+    return Estimate(
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        gradient_bytes=weight_bytes,
+        optimizer_bytes=optimizer_bytes,
+        memory_bytes=memory_bytes,
+        cache_bytes=cache_bytes,
+        activation_bytes=kept * activation_bytes + logits,
+        search_bytes=scratch,
+        index_bytes=index_bytes,
+        model_flops=3.0 * (2 * tokens * dense + local),
+        search_flops=float(scored),
+        attention_flops=2.0 * retrieved,
+        checkpoint_bytes=weight_bytes + optimizer_bytes + memory_bytes + cache_bytes,
+    )
