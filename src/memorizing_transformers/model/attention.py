@@ -6,6 +6,7 @@ R = H / G query heads a key/value head, D head width, K neighbours.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ class MemoryLayerAttention(Attention):
         self.top_k = memory.top_k
         self.combine = memory.combine
         self.fixed_value = memory.fixed_value
-        gate_logit = torch.logit(torch.tensor(memory.gate_init)).item()
+        gate_logit = math.log(memory.gate_init / (1 - memory.gate_init))
         self.gate: nn.Parameter | nn.Linear | None = None
         if self.combine == "gate":
             self.gate = nn.Parameter(torch.full((self.num_heads,), gate_logit))
@@ -173,7 +174,8 @@ class MemoryLayerAttention(Attention):
         """
         batch, _, segment, width = q.shape
         grouped = q.reshape(batch, self.num_kv_heads, -1, width)
-        neighbours = self.search(grouped.detach(), memory, self.top_k)
+        with torch.autocast(q.device.type, enabled=False):
+            neighbours = self.search(grouped.detach(), memory, self.top_k)
         shape = (batch, self.num_heads, segment)
         slots, valid = (x.reshape(*shape, -1) for x in neighbours)
         bias = None

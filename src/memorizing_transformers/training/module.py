@@ -184,18 +184,25 @@ class MemorizingLM(LightningModule):
         for reader in self.readers:
             reader(batch, self.banks["train"], output)
         self.commit("train", batch, output)
+        self.log_training(batch, output, nll)
+        return loss
+
+    def log_training(self, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
+        """Log one step's metrics over all ranks, at the steps that the loggers will write."""
+        trainer: Any = self.trainer
+        if (self.global_step + 1) % trainer.log_every_n_steps:
+            return
         self.train_metrics.reset()
         self.measure(self.train_metrics, batch, output, nll)
-        values = {name: value for name, value in self.train_metrics.compute().items()}
-        shown = {name: values.pop(name) for name in ("train/loss", "train/perplexity")}
-        self.log_dict(shown, prog_bar=True)
-        self.log_dict(values)
-        return loss
+        for name, value in self.train_metrics.compute().items():
+            self.log(name, value, prog_bar=name in ("train/loss", "train/perplexity"))
 
     def _evaluate(self, stage: str, batch: Batch, metrics: MetricCollection) -> None:
         output, nll = self.read(stage, batch)
         self.commit(stage, batch, output)
         self.measure(metrics, batch, output, nll)
+        for name, metric in metrics.items():
+            self.log(name, metric, on_epoch=True, prog_bar=name.endswith("perplexity"))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Read, commit to the validation bank, measure."""
@@ -204,19 +211,6 @@ class MemorizingLM(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Read, commit to the test bank, measure."""
         self._evaluate("test", batch, self.test_metrics)
-
-    def _log_metrics(self, metrics: MetricCollection, shown: str) -> None:
-        for name, value in metrics.compute().items():
-            self.log(name, value, prog_bar=name == shown, rank_zero_only=False)
-        metrics.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the whole split's metrics, summed over ranks."""
-        self._log_metrics(self.val_metrics, "val/perplexity")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the whole split's metrics, summed over ranks."""
-        self._log_metrics(self.test_metrics, "test/perplexity")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Per-token losses and hits of a segment, with the ids that place them."""
