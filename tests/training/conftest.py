@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -34,8 +36,19 @@ def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("run")
     config = write_config(root / "config.yaml", texts, root / "runs")
     torch.set_num_threads(1)
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+    output = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+    ):
         warnings.simplefilter("ignore")
         patch.setattr("sys.argv", ["train.py"])
         cli = MemoryCLI(args=["fit", "--config", str(config)])
-    return Run(config, root / "runs", root / "runs" / "version_0", cli)
+    return Run(config, root / "runs", root / "runs" / "version_0", cli, output.getvalue())
+
+
+@pytest.fixture
+def config(texts: Path, tmp_path: Path) -> Path:
+    """A config whose runs go to ``tmp_path / "runs"``."""
+    return write_config(tmp_path / "config.yaml", texts, tmp_path / "runs")

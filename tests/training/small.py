@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
@@ -14,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from memorizing_transformers.data import DocumentDataModule
-from memorizing_transformers.model import MemoryConfig
+from memorizing_transformers.data.store import TokenStore
+from memorizing_transformers.model import MemoryConfig, Transformer
+from memorizing_transformers.training.cli import main
 from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.optimizers import OptimizerConfig
 
@@ -28,10 +34,29 @@ class Run(NamedTuple):
     root: Path
     folder: Path
     cli: Any
+    output: str
+    """What it printed."""
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.ckpt"
+
+
+def command(*args: Any) -> tuple[int, str, str]:
+    """Run ``python train.py ARGS`` in this process: exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr("sys.argv", ["train.py", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+    return code, out.getvalue(), err.getvalue()
 
 
 def write_texts(folder: Path) -> Path:
@@ -184,4 +209,29 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return {
         tag: {event.step: event.value for event in events.Scalars(tag)}
         for tag in events.Tags()["scalars"]
+    }
+
+
+def by_hand(net: Transformer, store: TokenStore) -> dict[str, float]:
+    """One document after the other, segment by segment, with nothing of the trainer's."""
+    nll, hits, tokens, num_bytes = 0.0, 0, 0, 0.0
+    net.eval()
+    for index in range(len(store)):
+        document = torch.from_numpy(store.document(index).astype("int64"))
+        bank = net.new_memory(1)
+        inputs, targets = document[None, :-1], document[None, 1:]
+        for ids, expected in zip(inputs.split(SEGMENT, 1), targets.split(SEGMENT, 1), strict=True):
+            with torch.no_grad():
+                output = net(ids, bank)
+            bank.commit(output.pairs)
+            logs = output.logits.double().log_softmax(-1)
+            nll -= logs.gather(-1, expected[..., None]).sum().item()
+            hits += int((output.logits.argmax(-1) == expected).sum())
+        tokens += len(document) - 1
+        num_bytes += float(store.num_bytes[index]) * (len(document) - 1) / len(document)
+    return {
+        "loss": nll / tokens,
+        "perplexity": math.exp(nll / tokens),
+        "bits_per_byte": nll / math.log(2) / num_bytes,
+        "accuracy": hits / tokens,
     }

@@ -8,40 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small import SEGMENT, make_data, make_module, make_trainer
+from small import SEGMENT, by_hand, make_data, make_module, make_trainer
 
-from memorizing_transformers.data.store import TokenStore
-from memorizing_transformers.model import Transformer
 from memorizing_transformers.training.module import MemorizingLM
 
 LONGEST = 1024
 """More than any document has tokens: nothing is ever evicted."""
-
-
-def by_hand(net: Transformer, store: TokenStore) -> dict[str, float]:
-    """One document after the other, segment by segment, with nothing of the trainer's."""
-    nll, hits, tokens, num_bytes = 0.0, 0, 0, 0.0
-    net.eval()
-    for index in range(len(store)):
-        document = torch.from_numpy(store.document(index).astype("int64"))
-        bank = net.new_memory(1)
-        inputs, targets = document[None, :-1], document[None, 1:]
-        for ids, expected in zip(inputs.split(SEGMENT, 1), targets.split(SEGMENT, 1), strict=True):
-            with torch.no_grad():
-                output = net(ids, bank)
-            bank.commit(output.pairs)
-            logs = output.logits.double().log_softmax(-1)
-            nll -= logs.gather(-1, expected[..., None]).sum().item()
-            hits += int((output.logits.argmax(-1) == expected).sum())
-        tokens += len(document) - 1
-        num_bytes += float(store.num_bytes[index]) * (len(document) - 1) / len(document)
-    return {
-        "loss": nll / tokens,
-        "perplexity": math.exp(nll / tokens),
-        "bits_per_byte": nll / math.log(2) / num_bytes,
-        "accuracy": hits / tokens,
-    }
 
 
 @cache
