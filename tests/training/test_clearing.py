@@ -78,7 +78,7 @@ class Strict(MemorizingLM):
 def test_each_training_step_finds_its_own_document_alone(texts: Path, size: int) -> None:
     module, data = make_module(Strict, size=size, xl_cache=SEGMENT), make_data(texts)
     # Two epochs: documents run on over the end of the first.
-    trainer = make_trainer(max_steps=-1, max_epochs=2, limit_train_batches=40)
+    trainer = make_trainer(max_steps=-1, max_epochs=2, limit_train_batches=25)
     trainer.fit(module, datamodule=data)
     assert module.begun["train"] > len(data.train_store)
     assert module.went_on > 0

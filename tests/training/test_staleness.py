@@ -80,7 +80,7 @@ def test_the_sampled_window_is_the_oldest_whole_segment(
     assert memory.positions[row, slots].tolist() == list(range(expected[1], expected[1] + 16))
 
 
-def watched(texts: Path, steps: int = 30, every: int = 1, **settings: Any) -> Scalars:
+def watched(texts: Path, steps: int = 20, every: int = 1, **settings: Any) -> Scalars:
     """What a training run logs."""
     logger = Scalars()
     module = make_module(staleness_every_n_steps=every, **settings)
@@ -95,7 +95,7 @@ def test_keys_do_not_drift_where_weights_stand_still(texts: Path, size: int, xl_
     scalars = watched(texts, size=size, xl_cache=xl_cache, optimizer=STANDING_STILL).values
     cosines = scalars["staleness/key_cosine/layer1"].values()
     ratios = scalars["staleness/key_norm_ratio/layer1"].values()
-    assert len(cosines) > 20
+    assert len(cosines) > 10
     assert [*cosines] == pytest.approx([1.0] * len(cosines), abs=1e-5)
     assert [*ratios] == pytest.approx([1.0] * len(ratios), abs=1e-5)
 

@@ -190,7 +190,7 @@ class MemorizingLM(LightningModule):
     def log_training(self, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
         """Log one step's metrics over all ranks, at the steps that the loggers will write."""
         trainer: Any = self.trainer
-        if (self.global_step + 1) % trainer.log_every_n_steps:
+        if (self.global_step + 1) % max(1, trainer.log_every_n_steps):
             return
         self.train_metrics.reset()
         self.measure(self.train_metrics, batch, output, nll)
