@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import SEARCHES, Memory, Neighbours, Search, make_search
+from memorizing_transformers.memory.search import bucketed
 from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.largest import largest
@@ -127,8 +128,10 @@ def recall(found: Neighbours, expected: Neighbours) -> float:
 @pytest.mark.parametrize("score_bytes", [2**26, 2**19], ids=["one block", "many blocks"])
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95])
 def test_bucketed_search_reaches_its_recall_and_is_no_exact_search(
-    target: float, score_bytes: int
+    target: float, score_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)  # a CPU searches a small memory exactly
+    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: False)
     memory = fill_rows(2053, [2053])
     queries = torch.randn(1, HEADS, 128, WIDTH)
     found = BucketedSearch(target, score_bytes)(queries, memory, 32)

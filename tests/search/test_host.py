@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import Memory
-from memorizing_transformers.memory.search import host, largest
+from memorizing_transformers.memory.search import bucketed, host, largest
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.host import HostScan
 from memorizing_transformers.memory.search.reference import reference_search
@@ -96,3 +96,19 @@ def test_largest_survives_infinities_and_negative_zero() -> None:
     values, indices = largest.largest(scores, 5)
     assert indices[0, :3].tolist() == [3, 500, 699]
     assert values[0, 3:].tolist() == [-torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["fp32", "bf16"])
+def test_bucketed_scans_a_large_memory(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of different length, candidates in bfloat16 or fp32, best first by fp32."""
+    monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
+    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: fast)
+    memory = filled(9001, [12000, 700])
+    queries = torch.randn(2, 2, 63, 8)
+    found = bucketed.BucketedSearch(0.9)(queries, memory, 16)
+    expected = reference_search(queries, memory, 16)
+    assert torch.equal(found.valid, expected.valid)
+    hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
+    assert hit.float().mean() >= 0.9
+    scores = true_scores(queries, memory, found.slots)
+    torch.testing.assert_close(scores, scores.sort(-1, descending=True).values)

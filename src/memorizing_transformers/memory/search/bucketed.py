@@ -28,7 +28,8 @@ SPARE = 4
 
 
 ROUGH_SLOTS = 32768
-"""From here on bfloat16 saves more than scoring the candidates again in fp32 costs."""
+"""With fewer, an exact search costs a CPU less: scoring the candidates again outweighs what bfloat16
+saves, and in fp32 buckets save nothing."""
 FEW_QUERIES = 16
 """For fewer queries than this, reading the keys is all the cost there is."""
 
@@ -73,11 +74,10 @@ class BucketedSearch:
 
     def _on_host(self, queries: Tensor, memory: Memory, top_k: int, num_buckets: int) -> Neighbours:
         room = self.score_bytes or HOST_SCORE_BYTES
-        small = memory.max_fill < members_for(top_k) * num_buckets
+        small = memory.max_fill < max(ROUGH_SLOTS, members_for(top_k) * num_buckets)
         if small or queries.shape[2] < FEW_QUERIES:
             return HostScan(None, torch.float32, room)(queries, memory, top_k)
-        large = memory.max_fill >= ROUGH_SLOTS
-        if not (large and self.recall_target <= ROUGH_RECALL and has_fast_bfloat16()):
+        if not (self.recall_target <= ROUGH_RECALL and has_fast_bfloat16()):
             return HostScan(num_buckets, torch.float32, room)(queries, memory, top_k)
         spare = min(top_k // SPARE, memory.max_fill - top_k)
         scan = HostScan(num_buckets, torch.bfloat16, room)

@@ -1,0 +1,79 @@
+"""Timing rivals against each other, and writing down what came of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved(
+    rivals: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each rival, all of them once a round, so that noise strikes them alike.
+
+    On a busy machine let ``clock`` be ``time.process_time`` and use one thread: waiting for the
+    others then does not count.
+    """
+    for call in rivals.values():
+        for _ in range(warm_up):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(repeats):
+        for name, call in rivals.items():
+            start = clock()
+            call()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median, least and spread (interquartile range over median) of some repeats."""
+    median = statistics.median(seconds)
+    quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
+    return {"median": median, "least": min(seconds), "spread": (quarters[2] - quarters[0]) / median}
+
+
+def circumstances() -> dict[str, Any]:
+    """Hardware, versions and how busy the machine is: without them a figure means nothing."""
+    cpu = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(": ")[1]
+    packages = {name: version(name) for name in ("torch", "faiss-cpu", "numpy")}
+    load = Path("/proc/loadavg").read_text().split()[0]
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "load before": float(load),
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def save(folder: Path, name: str, facts: dict[str, Any], markdown: str) -> None:
+    """Write ``name.json`` and ``name.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(markdown + "\n")
+    print(markdown)
