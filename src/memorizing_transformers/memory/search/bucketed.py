@@ -28,7 +28,7 @@ SPARE = 4
 
 
 ROUGH_SLOTS = 32768
-"""With fewer, an exact search costs a CPU less: scoring the candidates again outweighs what bfloat16
+"""With fewer, an exact search costs a CPU less: scoring candidates again outweighs what bfloat16
 saves, and in fp32 buckets save nothing."""
 FEW_QUERIES = 16
 """For fewer queries than this, reading the keys is all the cost there is."""
