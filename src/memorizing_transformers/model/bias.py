@@ -47,6 +47,12 @@ class LocalBias(nn.Module):
         self.table = nn.Embedding(num_buckets, num_heads)
         nn.init.zeros_(self.table.weight)
 
+    @torch.no_grad()
+    def look_back(self, bias: float) -> None:
+        """Let head h begin with this bias at distance h, while distances have a bucket each."""
+        exact = self.num_buckets // 2
+        self.table.weight[:exact].fill_diagonal_(bias)
+
     def forward(self, num_queries: int, num_keys: int) -> Tensor:
         """(H, N, S) for the last ``num_queries`` of ``num_keys`` consecutive tokens.
 

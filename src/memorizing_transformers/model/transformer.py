@@ -129,6 +129,9 @@ class Transformer(nn.Module):
                 )
             elif module is self.embedding:
                 nn.init.normal_(module.weight, generator=generator)
+        for layer in list(self.layers)[: self.config.three_quarters]:
+            assert isinstance(layer, Layer)
+            layer.attention.bias.look_back(self.config.relative_init)
 
     def memory_parameters(self) -> list[nn.Parameter]:
         """The parameters that only matter while there is a memory (gates and their biases)."""
