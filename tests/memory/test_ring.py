@@ -222,13 +222,3 @@ def test_loaded_into_another_dtype_it_is_rounded() -> None:
     source.write(*random_segment(1, 6)[:2])
     memory.load(source.tensors())
     assert torch.equal(memory.keys[:, :, :6], source.keys[:, :, :6].bfloat16())
-
-
-def test_a_long_segment_writes_each_slot_once() -> None:
-    """Two writes to a slot would race where several threads write."""
-    torch.set_num_threads(2)
-    memory, segment = Memory(1, HEADS, 7, 64), torch.randn(2, 1, HEADS, 6000, 64)
-    memory.write(*segment)
-    kept = memory.positions[0].long()
-    assert torch.equal(memory.keys, segment[0][:, :, kept])
-    assert torch.equal(memory.values, segment[1][:, :, kept])
