@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all lint format type clean
+.PHONY: help venv quickstart test test-all lint format type bench torture clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ format: .venv/.dev ## Mend style and format
 
 type: .venv/.dev ## Check types
 	$(BIN)/mypy
+
+bench: .venv/.dev ## Measure the searches (minutes)
+	$(BIN)/python benchmarks/search.py --out runs/bench
+
+torture: .venv/.dev ## Kill 50 runs at random moments, resume each, compare bit by bit (minutes)
+	$(BIN)/python benchmarks/torture.py
 
 clean: ## Remove caches; .venv, runs/ and data/ stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build

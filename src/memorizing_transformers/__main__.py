@@ -1,4 +1,4 @@
-"""``python -m memorizing_transformers {prepare,export}``."""
+"""``python -m memorizing_transformers {prepare,estimate,export}``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,38 @@ def prepare(config: str) -> None:
     Args:
         config: the training config.
     """
-    from .training.cli import MemoryCLI
+    from .training.cli import read_config
 
-    data = MemoryCLI(run=False, args=["--config", config]).datamodule
+    data = read_config(config).datamodule
     data.prepare_data()
     data.setup()
     print("\n".join(data.summary()))
+
+
+def estimate(config: str) -> None:
+    """Print what a run will cost: bytes on device and host, FLOPs a step, bytes of a checkpoint.
+
+    A cost model of a step with a full memory, over all ranks; nothing is run.
+
+    Example: python -m memorizing_transformers estimate --config configs/quickstart.yaml
+
+    Args:
+        config: the training config.
+    """
+    from .training.cli import read_config
+    from .training.estimate import estimate as cost
+
+    cli = read_config(config)
+    data, module = cli.datamodule, cli.model
+    vocab_size = module.config.vocab_size or data.expected_vocab_size
+    lines = cost(
+        module.config,
+        data.batch_rows,
+        data.segment_length,
+        vocab_size,
+        module.optimizer_config.name,
+    ).lines()
+    print("\n".join(lines))
 
 
 def export(ckpt_path: str, out: str) -> None:
@@ -42,7 +68,11 @@ def export(ckpt_path: str, out: str) -> None:
     print(f"model: {out}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"prepare": prepare, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "prepare": prepare,
+    "estimate": estimate,
+    "export": export,
+}
 
 
 def main() -> None:

@@ -174,6 +174,12 @@ class DocumentDataModule(LightningDataModule):
             return NUM_BYTES
         return vocabulary_size(self.text_tokenizer)
 
+    @property
+    def expected_vocab_size(self) -> int:
+        """The same, without training a BPE: what its vocabulary was asked to be."""
+        settings = self.settings.tokenizer
+        return settings.bpe_vocab_size if settings.tokenizer == BPE else self.vocab_size
+
     def plan(self, split: str) -> RowPlan:
         """The row plan of a split: endless for ``train``, one pass for the others."""
         train = split == "train"

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -147,6 +148,18 @@ class MemoryCLI(LightningCLI):
         """Print the final table."""
         if self.config.fit.final_report and not self.trainer.fast_dev_run:
             final_report(self.trainer, self.model, self.datamodule)
+
+
+def read_config(path: str) -> MemoryCLI:
+    """A training config, its model and data built but for the network, nothing run.
+
+    The machine that reads it need not be one that can run it.
+    """
+    here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
+    args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
+    hush()
+    with patch("sys.argv", sys.argv[:1]):
+        return MemoryCLI(run=False, args=["--config", path, *args])
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 A cost model, not a measurement. A product of an (a, b) with a (b, c) matrix counts 2abc FLOPs; the
 backward pass of what has weights costs twice its forward pass; a search has no backward pass.
-Activations count what autograd keeps of each layer. ``docs/performance.md`` holds it against
-measurements.
+Activations count what autograd keeps of each layer. No figure here has been held against
+a measurement yet.
 """
 
 from __future__ import annotations
