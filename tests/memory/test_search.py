@@ -13,10 +13,6 @@ from memorizing_transformers.memory.search.largest import largest
 from memorizing_transformers.memory.search.reference import reference_search
 
 HEADS, WIDTH = 2, 8
-ASKS_AROUND = {"faiss", "faiss-ivf", "faiss-hnsw"}
-CALIBRATED = pytest.mark.xfail(
-    strict=True, reason="a new sub-index settles its effort on the whole segment's queries"
-)
 EXACT = {
     "exact": ExactSearch(),
     "exact, blocks smaller than k": ExactSearch(score_bytes=3000),
@@ -192,10 +188,7 @@ def test_each_row_and_head_searches_its_own_pairs(name: str) -> None:
             assert slots[row, head, axis, 0] == axis
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=CALIBRATED if n in ASKS_AROUND else ()) for n in SEARCHES],
-)
+@pytest.mark.parametrize("name", SEARCHES)
 def test_what_one_token_asks_changes_nothing_for_the_others(name: str) -> None:
     """Else a token would learn of later ones, say by an index that settles on how they ask."""
     memory = Memory(1, 4, 4096, 16)

@@ -54,6 +54,8 @@ class Queue:
 
     document: int = -1
     sealed: deque[SubIndex] = field(default_factory=deque)
+    asked: NDArray[Any] | None = None
+    """A sample of the document's last queries; the present ones would tell of the future."""
 
     @property
     def last(self) -> int:
@@ -67,7 +69,7 @@ class FaissSearch:
     Args:
         kind: flat (exact), ivf or hnsw.
         recall_target: share of the true neighbours, within each sub-index, that its effort
-            (probes or beam width) is calibrated to on the queries it first meets.
+            (probes or beam width) is calibrated to on the document's queries so far.
     """
 
     def __init__(self, kind: Kind = "ivf", recall_target: float = 0.95) -> None:
@@ -96,7 +98,7 @@ class FaissSearch:
                 queue = queues[row][head]
                 if queue.document != document:
                     queue.sealed.clear()
-                    queue.document = document
+                    queue.document, queue.asked = document, None
                 found = self._search_head(
                     asked[row, head], memory.keys[row, head], queue, used, top_k
                 )
@@ -123,7 +125,10 @@ class FaissSearch:
         run = max(SHORTEST_RUN, size // RUNS)
         while self.kind != "flat" and used - max(queue.last, oldest) >= run:
             first = max(queue.last, oldest)
-            queue.sealed.append(self._seal(_pairs(ring, first, first + run), first, queries, top_k))
+            keys = _pairs(ring, first, first + run)
+            asked = _sample(keys) if queue.asked is None else queue.asked
+            queue.sealed.append(self._seal(keys, first, asked, top_k))
+        queue.asked = _sample(queries)
         scores, numbers = [], []
         for part in queue.sealed:
             value, number = self._ask(part, queries, top_k, max(oldest, part.first))
@@ -141,8 +146,8 @@ class FaissSearch:
         best = np.argsort(-score, axis=1, kind="stable")[:, :top_k]
         return np.take_along_axis(number, best, 1)
 
-    def _seal(self, keys: NDArray[Any], first: int, queries: NDArray[Any], top_k: int) -> SubIndex:
-        """Index a run of keys (n, D) and calibrate it."""
+    def _seal(self, keys: NDArray[Any], first: int, asked: NDArray[Any], top_k: int) -> SubIndex:
+        """Index a run of keys (n, D) and calibrate it on queries (m, D)."""
         count, width = keys.shape
         if self.kind == "hnsw":
             index = faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -157,8 +162,6 @@ class FaissSearch:
             index.train(keys)
         index.add(keys)
         part = SubIndex(index, first, first + count, effort=top_k if self.kind == "hnsw" else 1)
-        spread = np.linspace(0, len(queries) - 1, min(CALIBRATION_QUERIES, len(queries)))
-        asked = np.ascontiguousarray(queries[spread.astype(int)])
         top_k = min(top_k, count)
         truth = faiss.knn(asked, keys, top_k, metric=faiss.METRIC_INNER_PRODUCT)[0][:, -1:]
         while part.effort < count:
@@ -180,6 +183,12 @@ class FaissSearch:
         else:
             settings = faiss.SearchParametersIVF(sel=chosen, nprobe=part.effort)
         return part.index.search(queries, top_k, params=settings)
+
+
+def _sample(vectors: NDArray[Any]) -> NDArray[Any]:
+    """Some of the vectors (n, D), evenly spread."""
+    spread = np.linspace(0, len(vectors) - 1, min(CALIBRATION_QUERIES, len(vectors)))
+    return np.ascontiguousarray(vectors[spread.astype(int)])
 
 
 def _pairs(ring: Tensor, first: int, last: int) -> NDArray[Any]:
