@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "several memory layers in bf16": {"layers": [0, 1], "dtype": "bfloat16"},
     "joint with bias": {"combine": "joint", "position_bias": "t5"},
     "no XL cache": {"xl_cache": 0},
+    "bucketed search": {"search": "bucketed"},
     "bf16-mixed": {"trainer_options": {"precision": "bf16-mixed"}},
     "accumulation": {"trainer_options": {"accumulate_grad_batches": 2}},
     "adafactor": {"optimizer": {"name": "adafactor", "schedule": "rsqrt", "warmup_steps": 3}},
