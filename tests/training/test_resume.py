@@ -19,6 +19,20 @@ from memorizing_transformers.training.rank_state import random_state, set_random
 from memorizing_transformers.training.runs import resolve_checkpoint
 from memorizing_transformers.training.trainer import MemoryTrainer
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+VALIDATING: dict[str, Any] = {
+    "val_check_interval": 4,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 1,
+}
+
 
 def fit(
     texts: Path,
@@ -33,18 +47,7 @@ def fit(
     """Train with a checkpoint every so many steps; the module and every step's loss."""
     losses = Losses()
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "val_check_interval": 4,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 1,
-        **(trainer_options or {}),
-    }
+    options = {**QUIET, **VALIDATING, **(trainer_options or {})}
     trainer = MemoryTrainer(max_steps=steps, callbacks=[losses, keep], **options)
     module = make_module(**{"dropout": 0.1, "xl_cache": 16, **settings})
     data = make_data(texts, **(data_options or {}))
@@ -159,16 +162,7 @@ def test_other_order_of_tokens_is_refused(
 
 def test_dropped_checkpoints_leave_nothing_behind(texts: Path, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "limit_val_batches": 0,
-    }
-    trainer = MemoryTrainer(max_steps=5, callbacks=[keep], **options)
+    trainer = MemoryTrainer(max_steps=5, callbacks=[keep], limit_val_batches=0, **QUIET)
     trainer.fit(make_module(), datamodule=make_data(texts))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=5.ckpt"]
     assert newest_good(tmp_path) is not None
