@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback
 from small import (
     SEGMENT,
     Losses,
+    Scalars,
     assert_alike,
     make_data,
     make_module,
@@ -198,6 +200,17 @@ def test_every_token_weighs_the_same(texts: Path) -> None:
     for (nll, mask), loss in zip(module.kept, losses.values, strict=True):
         assert not nll[~mask].any()
         assert loss == pytest.approx(nll[mask].sum().item() / SEGMENT)
+
+
+def test_curves_of_training_are_of_single_steps_over_counted_tokens(texts: Path) -> None:
+    module, logger = make_module(Nll), Scalars()
+    trainer = make_trainer(max_steps=50, logger=logger, log_every_n_steps=5)
+    trainer.fit(module, datamodule=make_data(texts, batch_rows=1))
+    assert [*logger.values["train/loss"]] == [*range(4, 50, 5)]
+    for step, loss in logger.values["train/loss"].items():
+        nll, mask = module.kept[step]
+        assert loss == pytest.approx(nll[mask].mean().item(), rel=1e-6)
+        assert logger.values["train/perplexity"][step] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [0, 32])
