@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_transformers.memory import Memory, Neighbours, attend
+from memorizing_transformers.memory import Memory, Neighbours, attend, make_search
 from memorizing_transformers.memory.search.reference import reference_search
 
 ROWS, HEADS, QUERIES, WIDTH = 3, 2, 5, 4
@@ -117,3 +117,20 @@ def test_stored_bf16_is_attended_in_fp32_under_autocast() -> None:
         mixed = attend(queries, memory, found)
     assert mixed.output.dtype == torch.float32
     assert torch.equal(mixed.output, plain.output)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_fp32_throughout_whatever_the_default_dtype(default: torch.dtype) -> None:
+    """Lightning's bf16-true and 64-true set the default; scores and outputs stay fp32."""
+    memory = Memory(1, 2, 64, 8)
+    pairs = torch.randn(1, 2, 64, 8)
+    memory.write(pairs, pairs)
+    queries = torch.randn(1, 2, 5, 8)
+    expected = attend(queries, memory, make_search("exact")(queries, memory, 4)).output
+    torch.set_default_dtype(default)
+    try:
+        got = attend(queries, memory, make_search("exact")(queries, memory, 4)).output
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)

@@ -72,7 +72,7 @@ def _chunks(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
 
 def _dots(x: Tensor, rows: Rows) -> Tensor:
     flat = x.reshape(-1, x.shape[-1], 1)
-    out = torch.empty(flat.shape[0], rows.slots.shape[-1], device=x.device)
+    out = torch.empty(flat.shape[0], rows.slots.shape[-1], dtype=torch.float32, device=x.device)
     for part, gathered in _chunks(rows):
         out[part] = torch.bmm(gathered, flat[part]).squeeze(-1)
     return out.view(rows.slots.shape)
@@ -86,7 +86,7 @@ def _weighted_sum(weights: Tensor, rows: Rows) -> Tensor:
         store, index = _flat(rows)
         out = F.embedding_bag(index, store, mode="sum", per_sample_weights=flat)
     else:
-        out = torch.empty(flat.shape[0], width, device=weights.device)
+        out = torch.empty(flat.shape[0], width, dtype=torch.float32, device=weights.device)
         for part, gathered in _chunks(rows):
             out[part] = torch.bmm(flat[part, None], gathered).squeeze(1)
     return out.view(batch, groups, -1, width)

@@ -92,7 +92,7 @@ class BucketedSearch:
     ) -> Neighbours:
         shape = (*queries.shape[:3], num_buckets)
         room = self.score_bytes or SCORE_BYTES
-        best = torch.full(shape, -torch.inf, device=queries.device)
+        best = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.int64, device=queries.device)
         bucket = torch.arange(num_buckets, device=queries.device)
         for rows, start, scores in score_blocks(queries, memory, room, num_buckets):

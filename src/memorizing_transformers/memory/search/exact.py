@@ -30,7 +30,7 @@ class ExactSearch:
             return HostScan(None, torch.float32, room)(queries, memory, top_k)
         batch, groups, count, _ = queries.shape
         shape = (batch, groups, count, top_k)
-        best = torch.full(shape, -torch.inf, device=queries.device)
+        best = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
         slots = torch.zeros(shape, dtype=torch.int64, device=queries.device)
         for rows, start, scores in score_blocks(queries, memory, self.score_bytes or SCORE_BYTES):
             values, index = largest(scores, min(top_k, scores.shape[-1]))

@@ -60,7 +60,7 @@ class HostScan:
         valid = torch.zeros(shape, dtype=torch.bool)
         room = self.score_bytes // 4
         chunk = max(1, min(count, QUERIES_PER_THREAD * torch.get_num_threads(), room))
-        scratch = torch.empty(0)
+        scratch = torch.empty(0, dtype=self.dtype)
         for row, used in enumerate(memory.fill.tolist()):
             if not used:
                 continue
