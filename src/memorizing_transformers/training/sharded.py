@@ -6,11 +6,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ..model import Transformer
 from . import checkpoints
@@ -51,14 +58,41 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         folder = Path(self.broadcast(checkpoint_path))
         manifest = checkpoints.open_folder(folder)
-        checkpoint = super().load_checkpoint(folder / checkpoints.TRAINER_FILE, weights_only=True)
+        file = folder / checkpoints.TRAINER_FILE
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         checkpoint[checkpoints.FOLDER_KEY] = {"path": str(folder), "manifest": manifest}
+        assert self.model is not None
+        whole_state = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=whole_state)
+        saved = checkpoint.get("optimizer_states", [])
+        for optimizer, state in zip(self.optimizers, saved, strict=False):
+            named = _by_name(state, optimizer, self.model)
+            set_optimizer_state_dict(self.model, optimizer, named, options=whole_state)
         return checkpoint
 
     def teardown(self) -> None:
         """Wait until all is written."""
         super().teardown()
         self.checkpoint_io.teardown()
+
+
+def _by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """An optimiser's state with the parameters' names for its own numbers.
+
+    An optimiser numbers by group, a module in the order of its layers: the groups tell which is
+    which, whether one rank wrote the state or many.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    known = {
+        number: names[parameter]
+        for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        for number, parameter in zip(saved["params"], live["params"], strict=True)
+    }
+    groups = [
+        {**group, "params": [known[number] for number in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    return {"state": {known[n]: v for n, v in state["state"].items()}, "param_groups": groups}
 
 
 def shard(net: Transformer, mesh: DeviceMesh) -> None:
@@ -76,3 +110,8 @@ def is_sharded(net: Transformer) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A parameter, gathered where it is sharded (then a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+StrategyRegistry.register(
+    "sharded", ShardedStrategy, "Weights and optimiser state sharded over the ranks (FSDP2)"
+)

@@ -115,8 +115,8 @@ class MemoryTrainer(Trainer):
         if isinstance(self.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise UserError(
                 f"trainer.strategy = {type(self.strategy).__name__}: it writes checkpoints of its "
-                "own, without memory; memorizing_transformers.training.sharded.ShardedStrategy "
-                "shards weights and optimiser alike"
+                "own, without memory; use trainer.strategy=sharded (FSDP2), which "
+                "shards weights and optimiser state alike"
             )
         self.writer = Writer(background_save)
         self.strategy.checkpoint_io = FolderCheckpointIO(self.writer)
