@@ -11,7 +11,7 @@ from small import SEGMENT, Losses, assert_alike, make_data, make_module, make_tr
 
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.memory.refresh import oldest_drift
-from memorizing_transformers.training.callbacks import MemoryClearing
+from memorizing_transformers.training.callbacks import MemoryClearing, staleness_control
 from memorizing_transformers.training.callbacks.staleness_control import StalenessControl
 
 FAST = {"lr": 0.3}
@@ -217,6 +217,19 @@ def test_under_bf16_it_encodes_as_the_step_does(texts: Path) -> None:
 def test_what_cannot_work_is_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"model.memory.{key} = {value}"):
         make_module(**{key: value})
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: next(iter(control)))
+def test_sharded_weights_cannot_encode_by_rank(
+    control: dict[str, Any], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staleness_control, "is_sharded", lambda net: True)
+    trainer, module = make_trainer(max_steps=1), make_module(**control)
+    if "drop_after_n_steps" in control:
+        trainer.fit(module, datamodule=make_data(texts))
+        return
+    with pytest.raises(ConfigError, match=r"drop_after_n_steps does"):
+        trainer.fit(module, datamodule=make_data(texts))
 
 
 def test_a_model_without_memory_has_nothing_to_control(texts: Path) -> None:

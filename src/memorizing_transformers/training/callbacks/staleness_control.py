@@ -10,7 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from ...data.batch import Batch
+from ...errors import ConfigError
 from ...memory import drop_drifted, refresh
+from ..sharded import is_sharded
 
 
 @contextmanager
@@ -38,6 +40,19 @@ class StalenessControl(Callback):
 
     def __init__(self, check_every_n_steps: int = 8) -> None:
         self.check_every_n_steps = check_every_n_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what sharded weights cannot do.
+
+        Raises:
+            ConfigError: encoding is a collective there, and ranks store as much as their documents.
+        """
+        module: Any = pl_module
+        for key in ("refresh_every_n_steps", "drop_below_cosine"):
+            value = getattr(module.config.memory, key)
+            if value and is_sharded(module.net):
+                remedy = "does not work with trainer.strategy=sharded; drop_after_n_steps does"
+                raise ConfigError(f"model.memory.{key}", value, remedy)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
