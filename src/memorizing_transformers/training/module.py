@@ -22,7 +22,7 @@ from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
-from .callbacks import MemoryClearing, StalenessLogging, Throughput
+from .callbacks import MemoryClearing, StalenessControl, StalenessLogging, Throughput
 from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
 from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .metrics import language_model_metrics
@@ -75,8 +75,14 @@ class MemorizingLM(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Clearing, staleness and throughput come with the module, unless the trainer has them."""
+        # In the order that they act before a step: throughput counts what a refresh costs.
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
-        wanted = [MemoryClearing(), StalenessLogging(self.staleness_every_n_steps), Throughput()]
+        wanted = [
+            MemoryClearing(),
+            StalenessLogging(self.staleness_every_n_steps),
+            Throughput(),
+            StalenessControl(),
+        ]
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 
     def setup(self, stage: str) -> None:
