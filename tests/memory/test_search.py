@@ -101,7 +101,7 @@ def test_every_named_search_is_sound_and_reaches_its_recall(name: str) -> None:
     assert recall(found, reference_search(queries, memory, 8)) >= 0.88
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("name", SEARCHES)
 def test_search_changes_nothing_and_scores_in_fp32(name: str, dtype: torch.dtype) -> None:
     memory = Memory(1, HEADS, 64, WIDTH, dtype)
@@ -111,7 +111,7 @@ def test_search_changes_nothing_and_scores_in_fp32(name: str, dtype: torch.dtype
     found = make_search(name, recall_target=0.999)(queries, memory, 4)
     assert all(torch.equal(tensor, before[key]) for key, tensor in memory.tensors().items())
     in_fp32 = Memory(1, HEADS, 64, WIDTH)
-    in_fp32.write(memory.keys[:, :, :50].float(), memory.values[:, :, :50].float())
+    in_fp32.write(*[memory.keys_at(...)[:, :, :50]] * 2)
     assert torch.equal(found.slots, reference_search(queries, in_fp32, 4).slots)
 
 

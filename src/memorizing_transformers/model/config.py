@@ -43,7 +43,8 @@ class MemoryConfig:
             learned-absolute (by age in the memory).
         bias_buckets: buckets of that bias.
         bias_max_distance: distance in tokens from which on t5 uses the last bucket.
-        dtype: storage of keys and values: float32 or bfloat16. A run-time choice.
+        dtype: storage of keys and values: float32, bfloat16, or int8 with a scale for each vector.
+            A run-time choice.
     """
 
     size: int = 8192
@@ -66,7 +67,7 @@ class MemoryConfig:
     position_bias: Literal["none", "t5", "learned-absolute"] = "none"
     bias_buckets: int = 32
     bias_max_distance: int = 65536
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
     RUNTIME = ("size", "top_k", "search", "recall_target", "dtype", "fixed_value", "gate_init")
     """Fields that may differ between the run that wrote a checkpoint and the run that reads it."""

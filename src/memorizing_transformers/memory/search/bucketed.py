@@ -82,7 +82,9 @@ class BucketedSearch:
         spare = min(top_k // SPARE, memory.max_fill - top_k)
         scan = HostScan(num_buckets, torch.bfloat16, room)
         slots, valid = scan(queries, memory, top_k + spare)
-        scores = dots(queries.float(), Rows(memory.keys, slots, None if valid.all() else valid))
+        counted = None if valid.all() else valid
+        candidates = Rows(memory.keys, slots, counted, memory.key_scales)
+        scores = dots(queries.float(), candidates)
         scores.masked_fill_(~valid, -torch.inf)
         order = scores.topk(top_k, dim=-1).indices
         return Neighbours(slots.gather(-1, order), valid.gather(-1, order))

@@ -67,7 +67,7 @@ class HostScan:
             found = min(top_k, used)
             valid[row, ..., :found] = True
             if self.buckets is None and groups * count * used <= min(AT_ONCE, room):
-                scores = queries[row].float() @ memory.keys[row, :, :used].float().mT
+                scores = queries[row].float() @ memory.keys_at((row, slice(None), slice(used))).mT
                 slots[row, ..., :found] = largest(scores, found)[1]
                 continue
             span = max(1, min(used, room // chunk))
@@ -79,7 +79,7 @@ class HostScan:
             if scratch.numel() < needed:
                 scratch = torch.empty(needed, dtype=self.dtype)
             for head in range(groups):
-                keys = memory.keys[row, head, :used].to(self.dtype)
+                keys = memory.keys_at((row, head, slice(used)), self.dtype)
                 for start in range(0, count, chunk):
                     part = slice(start, start + chunk)
                     own = queries[row, head, part].to(self.dtype)
