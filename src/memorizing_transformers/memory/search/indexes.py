@@ -141,12 +141,13 @@ class FaissSearch:
         while queue.sealed and queue.sealed[0].last <= oldest:
             queue.sealed.popleft()
         run = max(SHORTEST_RUN, size // RUNS)
-        while self.kind != "flat" and used - max(queue.last, oldest) >= run:
+        # Keys ask more easily than queries do: who knows none yet, as after a resume, scans once.
+        while queue.asked is not None and used - max(queue.last, oldest) >= run:
             first = max(queue.last, oldest)
             keys = ring.keys(first, first + run)
-            asked = _sample(keys) if queue.asked is None else queue.asked
-            queue.sealed.append(self._seal(keys, first, asked, top_k))
-        queue.asked = _sample(queries)
+            queue.sealed.append(self._seal(keys, first, queue.asked, top_k))
+        if self.kind != "flat":
+            queue.asked = _sample(queries)
         scores, numbers = [], []
         for part in queue.sealed:
             value, number = self._ask(part, queries, top_k, max(oldest, part.first))
