@@ -81,7 +81,7 @@ def test_keys_that_recur_with_the_segments_do_not_collide(
     """All true neighbours lie whole segments of 128 apart, as keys without context do."""
     monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
     monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: False)
-    slots, top_k, target = 6 * 768, 36, 0.95
+    slots, top_k, target = 8 * 768, 36, 0.95
     places = torch.nn.functional.normalize(torch.randn(128, 16), dim=-1)
     keys = places.repeat(slots // 128, 1) + 0.05 * torch.randn(slots, 16)
     memory = Memory(1, 1, slots, 16)
