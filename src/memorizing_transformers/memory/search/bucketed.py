@@ -2,7 +2,8 @@
 
 Chern et al., "TPU-KNN: K Nearest Neighbor Search at Peak FLOP/s", 2022. A neighbour is lost when a
 better one shares its bucket. Buckets are dealt like cards, slots of a bucket standing far apart, so
-consecutive tokens, which resemble each other, never meet.
+consecutive tokens, which resemble each other, never meet, nor those at the same place of segments
+(``apart``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..indexed import Rows, dots
 from ..ring import Memory
 from . import Neighbours
 from .host import SCORE_BYTES as HOST_SCORE_BYTES
-from .host import HostScan
+from .host import HostScan, apart
 from .largest import members_for
 from .scan import SCORE_BYTES, score_blocks
 
@@ -67,7 +68,7 @@ class BucketedSearch:
 
     @torch.no_grad()
     def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
-        num_buckets = max(top_k, num_buckets_for(top_k, self.recall_target))
+        num_buckets = apart(max(top_k, num_buckets_for(top_k, self.recall_target)))
         if queries.device.type == "cpu":
             return self._on_host(queries, memory, top_k, num_buckets)
         return self._on_device(queries, memory, top_k, num_buckets)
@@ -82,7 +83,9 @@ class BucketedSearch:
         spare = min(top_k // SPARE, memory.max_fill - top_k)
         scan = HostScan(num_buckets, torch.bfloat16, room)
         slots, valid = scan(queries, memory, top_k + spare)
-        scores = dots(queries.float(), Rows(memory.keys, slots, None if valid.all() else valid))
+        counted = None if valid.all() else valid
+        candidates = Rows(memory.keys, slots, counted, memory.key_scales)
+        scores = dots(queries.float(), candidates)
         scores.masked_fill_(~valid, -torch.inf)
         order = scores.topk(top_k, dim=-1).indices
         return Neighbours(slots.gather(-1, order), valid.gather(-1, order))
