@@ -4,7 +4,7 @@ A block's scores stay in the cache between product, softmax and sum, and the bac
 them again rather than keep them. Keys behind all queries of a block are never touched. The T5 bias
 is constant from some distance on, so it is added, and its gradient taken, near the diagonal only.
 
-Shapes: B rows, N segment, S keys of which the last N are the segment's, W = S - N cached ones, H
+Shapes: B rows (b of a block), N segment, S keys of which the last N are the segment's, W = S - N cached ones, H
 query heads, G key/value heads, R = H / G query heads a key/value head, D head width, n queries of a
 block, s keys up to its last query, F distances with a bias of their own.
 """
@@ -20,6 +20,8 @@ from torch import Tensor
 BLOCK = 128
 """Queries of a block: enough for the matrix product, few enough to waste little above the
 diagonal."""
+SCORES = 2**20
+"""Scores of a block, where it holds more than one row: what stays in a CPU's cache."""
 
 
 def bias_band(near: Tensor, block: int) -> Tensor:
@@ -38,6 +40,7 @@ def bias_band(near: Tensor, block: int) -> Tensor:
 
 
 class _Block(NamedTuple):
+    rows: slice
     queries: slice
     keys: int
     """s."""
@@ -45,17 +48,6 @@ class _Block(NamedTuple):
     """The first key under the band."""
     band: tuple[slice, slice, slice]
     """The part of the band that lies over the block's queries and the keys from ``first`` on."""
-
-
-def _blocks(queries: int, keys: int, band: Tensor) -> Iterator[_Block]:
-    size = band.shape[1]
-    for start in range(0, queries, size):
-        stop = min(start + size, queries)
-        seen = keys - queries + stop
-        width = band.shape[2] - size + stop - start
-        first = max(0, seen - width)
-        rows, columns = slice(stop - start), slice(width - (seen - first), width)
-        yield _Block(slice(start, stop), seen, first, (slice(None), rows, columns))
 
 
 class _Weights:
@@ -69,42 +61,55 @@ class _Weights:
     """
 
     def __init__(self, q: Tensor, k: Tensor, band: Tensor, hidden: Tensor | None) -> None:
-        self.batch, self.heads, self.count, self.width = q.shape
+        self.q, self.k, self.band, self.hidden = q, k, band, hidden
         self.groups = k.shape[1]
-        self.q, self.band, self.hidden = q, band, hidden
-        self.keys = k.flatten(0, 1)
-        self.most = self.batch * self.heads * band.shape[1] * k.shape[2]
+        row = q.shape[1] * band.shape[1] * k.shape[2]
+        self.rows = max(1, min(q.shape[0], SCORES // row))
+        self.most = self.rows * row
         self.scores = q.new_empty(self.most)
         self.weights = q.new_empty(self.most)
 
-    def rows(self, x: Tensor, block: _Block) -> Tensor:
-        """The block's queries (B * G, R * n, D) of x (B, H, N, D)."""
-        chosen = x[:, :, block.queries].unflatten(1, (self.groups, -1))
-        return chosen.reshape(self.batch * self.groups, -1, x.shape[-1])
+    def blocks(self) -> Iterator[_Block]:
+        """All blocks, rows that are done together last."""
+        batch, _, queries, _ = self.q.shape
+        keys, size = self.k.shape[2], self.band.shape[1]
+        for row in range(0, batch, self.rows):
+            for start in range(0, queries, size):
+                stop = min(start + size, queries)
+                seen = keys - queries + stop
+                width = self.band.shape[2] - size + stop - start
+                first = max(0, seen - width)
+                part = (slice(None), slice(stop - start), slice(width - (seen - first), width))
+                yield _Block(slice(row, row + self.rows), slice(start, stop), seen, first, part)
 
-    def heads_of(self, x: Tensor) -> Tensor:
-        """The inverse: (B, H, n, D) of rows (B * G, R * n, D)."""
-        return x.view(self.batch, self.heads, -1, x.shape[-1])
+    def of_queries(self, x: Tensor, block: _Block) -> Tensor:
+        """The block's queries (b * G, R * n, D) of x (B, H, N, D)."""
+        chosen = x[block.rows, :, block.queries].unflatten(1, (self.groups, -1))
+        return chosen.flatten(2, 3).flatten(0, 1)
+
+    def of_keys(self, x: Tensor, block: _Block) -> Tensor:
+        """The block's keys (b * G, s, D) of x (B, G, S, D)."""
+        return x[block.rows, :, : block.keys].flatten(0, 1)
+
+    def by_head(self, x: Tensor, block: _Block) -> Tensor:
+        """Scores (b * G, R * n, s), or queries, as (b, H, n, ...)."""
+        return x.view(-1, self.q.shape[1], block.queries.stop - block.queries.start, x.shape[-1])
 
     def buffer(self, flat: Tensor, block: _Block) -> Tensor:
-        """Room for the block's scores (B * G, R * n, s) in a flat buffer."""
-        rows = self.heads // self.groups * (block.queries.stop - block.queries.start)
-        shape = (self.batch * self.groups, rows, block.keys)
-        return flat[: shape[0] * shape[1] * shape[2]].view(shape)
-
-    def by_head(self, x: Tensor) -> Tensor:
-        """Scores (B * G, R * n, s) as (B, H, n, s)."""
-        return x.view(self.batch, self.heads, -1, x.shape[-1])
+        """Room for the block's scores (b * G, R * n, s) in a flat buffer."""
+        rows = min(self.q.shape[0] - block.rows.start, self.rows) * self.groups
+        count = self.q.shape[1] // self.groups * (block.queries.stop - block.queries.start)
+        return flat[: rows * count * block.keys].view(rows, count, block.keys)
 
     def __call__(self, block: _Block) -> tuple[Tensor, Tensor]:
-        """Scores and weights (B * G, R * n, s)."""
+        """Scores and weights (b * G, R * n, s)."""
         scores, weights = self.buffer(self.scores, block), self.buffer(self.weights, block)
-        torch.bmm(self.rows(self.q, block), self.keys[:, : block.keys].mT, out=scores)
-        by_head = self.by_head(scores)
+        torch.bmm(self.of_queries(self.q, block), self.of_keys(self.k, block).mT, out=scores)
+        by_head = self.by_head(scores, block)
         by_head[..., block.first :] += self.band[block.band]
         if self.hidden is not None:
             cached = by_head[..., : self.hidden.shape[1]]
-            cached.masked_fill_(self.hidden[:, None, None], -torch.inf)
+            cached.masked_fill_(self.hidden[block.rows, None, None], -torch.inf)
         return scores, torch.softmax(scores, -1, out=weights)
 
 
@@ -125,17 +130,17 @@ class _LocalAttention(torch.autograd.Function):
         hidden: Tensor | None,
         with_mass: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        weigh, values = _Weights(q, k, band, hidden), v.flatten(0, 1)
+        weigh = _Weights(q, k, band, hidden)
         output = _like_heads(q, v.dtype)
         mass = q.new_empty(q.shape[:3]) if with_mass else None
-        for block in _blocks(q.shape[2], k.shape[2], band):
+        for block in weigh.blocks():
             scores, weights = weigh(block)
-            found = weights.to(v.dtype).bmm(values[:, : block.keys])
-            output[:, :, block.queries] = weigh.heads_of(found)
+            found = weights.to(v.dtype).bmm(weigh.of_keys(v, block))
+            output[block.rows, :, block.queries] = weigh.by_head(found, block)
             if mass is not None:
                 # The largest weight is the exponential of the largest score less the mass.
-                own = scores.amax(-1) - weights.amax(-1).log()
-                mass[:, :, block.queries] = own.view(*q.shape[:2], -1)
+                own = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+                mass[block.rows, :, block.queries] = weigh.by_head(own, block).squeeze(-1)
         ctx.save_for_backward(q, k, v, band, hidden, output)
         return output, mass
 
@@ -143,31 +148,34 @@ class _LocalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, band, hidden, output = ctx.saved_tensors
         d_output, d_mass = grads
+        # Products that are no scores are made in the dtype of the values.
         kind = v.dtype
-        weigh, values = _Weights(q, k, band, hidden), v.flatten(0, 1)
-        # Those of the products below that are no scores are made in the dtype of the values.
-        queries, keys = q.to(kind), weigh.keys.to(kind)
+        queries, keys = q.to(kind), k.to(kind)
+        weigh = _Weights(q, k, band, hidden)
         d_q, d_band = _like_heads(q, torch.float32), torch.zeros_like(band)
-        d_k = q.new_zeros(keys.shape)
-        d_v = q.new_zeros(keys.shape)
-        slack = (d_output.float() * output).sum(-1, keepdim=True)
+        d_k, d_v = torch.zeros_like(k), torch.zeros_like(k)
+        # What a row's score gradients must sum to, so that they sum to that of its mass.
+        mean = (d_output.float() * output).sum(-1, keepdim=True)
         if d_mass is not None:
-            slack = slack - d_mass[..., None]
+            mean = mean - d_mass[..., None]
         room = d_output.new_empty(weigh.most)
-        for block in _blocks(q.shape[2], k.shape[2], band):
+        for block in weigh.blocks():
             scores, weights = weigh(block)
-            seen = slice(block.keys)
-            upstream = weigh.rows(d_output, block)
-            d_v[:, seen] += weights.to(kind).mT.bmm(upstream)
+            upstream = weigh.of_queries(d_output, block)
+            seen = (block.rows, slice(None), slice(block.keys))
+            d_v[seen] += weights.to(kind).mT.bmm(upstream).view_as(d_v[seen])
             d_weights = weigh.buffer(room, block)
-            torch.bmm(upstream, values[:, seen].mT, out=d_weights)
-            d_scores = torch.sub(d_weights, weigh.rows(slack, block), out=scores)
+            torch.bmm(upstream, weigh.of_keys(v, block).mT, out=d_weights)
+            d_scores = torch.sub(d_weights, weigh.of_queries(mean, block), out=scores)
             d_scores *= weights
-            d_band[block.band] += weigh.by_head(d_scores)[..., block.first :].sum(0)
+            near = weigh.by_head(d_scores, block)[..., block.first :]
+            d_band[block.band] += near.sum(0)
             d_scores = d_scores.to(kind)
-            d_q[:, :, block.queries] = weigh.heads_of(d_scores.bmm(keys[:, seen]))
-            d_k[:, seen] += d_scores.mT.bmm(weigh.rows(queries, block))
-        return d_q, d_k.view_as(k), d_v.view_as(v).to(kind), d_band, None, None
+            own = d_scores.bmm(weigh.of_keys(keys, block))
+            d_q[block.rows, :, block.queries] = weigh.by_head(own, block)
+            own = d_scores.mT.bmm(weigh.of_queries(queries, block))
+            d_k[seen] += own.view_as(d_k[seen])
+        return d_q, d_k, d_v.to(kind), d_band, None, None
 
 
 def local_attention(
