@@ -1,12 +1,12 @@
-"""Local attention in blocks of queries, for a CPU.
+"""Local attention in blocks of queries: what a CPU does, and a GPU where the mass is asked for.
 
 A block's scores stay in the cache between product, softmax and sum, and the backward pass makes
 them again rather than keep them. Keys behind all queries of a block are never touched. The T5 bias
 is constant from some distance on, so it is added, and its gradient taken, near the diagonal only.
 
-Shapes: B rows (b of a block), N segment, S keys of which the last N are the segment's, W = S - N cached ones, H
-query heads, G key/value heads, R = H / G query heads a key/value head, D head width, n queries of a
-block, s keys up to its last query, F distances with a bias of their own.
+Shapes: B rows (b of a block), N segment, S keys of which the last N are the segment's, W = S - N
+cached ones, H query heads, G key/value heads, R = H / G query heads a key/value head, D head width,
+n queries of a block, s keys up to its last query, F distances with a bias of their own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 BLOCK = 128
 """Queries of a block: enough for the matrix product, few enough to waste little above the
 diagonal."""
-SCORES = 2**20
-"""Scores of a block, where it holds more than one row: what stays in a CPU's cache."""
+SCORES = {"cpu": 2**20, "cuda": 2**26}
+"""Scores of a block, as long as it holds more than one row: on a CPU what stays in its cache."""
 
 
 def bias_band(near: Tensor, block: int) -> Tensor:
@@ -64,7 +64,8 @@ class _Weights:
         self.q, self.k, self.band, self.hidden = q, k, band, hidden
         self.groups = k.shape[1]
         row = q.shape[1] * band.shape[1] * k.shape[2]
-        self.rows = max(1, min(q.shape[0], SCORES // row))
+        room = SCORES["cpu" if q.device.type == "cpu" else "cuda"]
+        self.rows = max(1, min(q.shape[0], room // row))
         self.most = self.rows * row
         self.scores = q.new_empty(self.most)
         self.weights = q.new_empty(self.most)
@@ -146,36 +147,46 @@ class _LocalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, band, hidden, output = ctx.saved_tensors
-        d_output, d_mass = grads
-        # Products that are no scores are made in the dtype of the values.
-        kind = v.dtype
-        queries, keys = q.to(kind), k.to(kind)
-        weigh = _Weights(q, k, band, hidden)
-        d_q, d_band = _like_heads(q, torch.float32), torch.zeros_like(band)
-        d_k, d_v = torch.zeros_like(k), torch.zeros_like(k)
-        # What a row's score gradients must sum to, so that they sum to that of its mass.
-        mean = (d_output.float() * output).sum(-1, keepdim=True)
-        if d_mass is not None:
-            mean = mean - d_mass[..., None]
-        room = d_output.new_empty(weigh.most)
-        for block in weigh.blocks():
-            scores, weights = weigh(block)
-            upstream = weigh.of_queries(d_output, block)
-            seen = (block.rows, slice(None), slice(block.keys))
-            d_v[seen] += weights.to(kind).mT.bmm(upstream).view_as(d_v[seen])
-            d_weights = weigh.buffer(room, block)
-            torch.bmm(upstream, weigh.of_keys(v, block).mT, out=d_weights)
-            d_scores = torch.sub(d_weights, weigh.of_queries(mean, block), out=scores)
-            d_scores *= weights
-            near = weigh.by_head(d_scores, block)[..., block.first :]
-            d_band[block.band] += near.sum(0)
-            d_scores = d_scores.to(kind)
-            own = d_scores.bmm(weigh.of_keys(keys, block))
-            d_q[block.rows, :, block.queries] = weigh.by_head(own, block)
-            own = d_scores.mT.bmm(weigh.of_queries(queries, block))
-            d_k[seen] += own.view_as(d_k[seen])
-        return d_q, d_k, d_v.to(kind), d_band, None, None
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return *_gradients(*ctx.saved_tensors, *grads), None, None
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Tensor,
+    hidden: Tensor | None,
+    output: Tensor,
+    d_output: Tensor,
+    d_mass: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and band. Products that are no scores are made in the dtype of v."""
+    weigh = _Weights(q, k, band, hidden)
+    d_q, d_band = _like_heads(q, torch.float32), torch.zeros_like(band)
+    d_k, d_v = torch.zeros_like(k), torch.zeros_like(k)
+    # A query's score gradients sum to the gradient of its mass.
+    mean = (d_output.float() * output).sum(-1, keepdim=True)
+    if d_mass is not None:
+        mean = mean - d_mass[..., None]
+    queries, keys = q.to(v.dtype), k.to(v.dtype)
+    room = d_output.new_empty(weigh.most)
+    for block in weigh.blocks():
+        scores, weights = weigh(block)
+        upstream = weigh.of_queries(d_output, block)
+        seen = (block.rows, slice(None), slice(block.keys))
+        d_v[seen] += weights.to(v.dtype).mT.bmm(upstream).view_as(d_v[seen])
+        d_weights = weigh.buffer(room, block)
+        torch.bmm(upstream, weigh.of_keys(v, block).mT, out=d_weights)
+        d_scores = torch.sub(d_weights, weigh.of_queries(mean, block), out=scores)
+        d_scores *= weights
+        d_band[block.band] += weigh.by_head(d_scores, block)[..., block.first :].sum(0)
+        d_scores = d_scores.to(v.dtype)
+        own = d_scores.bmm(weigh.of_keys(keys, block))
+        d_q[block.rows, :, block.queries] = weigh.by_head(own, block)
+        own = d_scores.mT.bmm(weigh.of_queries(queries, block))
+        d_k[seen] += own.view_as(d_k[seen])
+    return d_q, d_k, d_v.to(v.dtype), d_band
 
 
 def local_attention(

@@ -47,34 +47,34 @@ def has_fast_int8() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
-def _scale(largest_entry: Tensor, width: int) -> Tensor:
-    """Factor that turns entries into as many whole levels as keep scores of D products in bounds."""
-    levels = min(127, math.isqrt(LARGEST_SCORE // width))
-    return torch.where(largest_entry > 0, levels / largest_entry, 0.0)
+def _levels(width: int) -> int:
+    """The largest integer that keeps sums of so many products in bounds."""
+    return min(127, math.isqrt(LARGEST_SCORE // width))
 
 
-def _in_bytes(x: Tensor) -> Tensor:
-    levels = min(127, math.isqrt(LARGEST_SCORE // x.shape[-1]))
-    return x.round_().clamp_(-levels, levels).to(torch.int8)
+def _in_bytes(x: Tensor, largest_entry: Tensor) -> Tensor:
+    """Entries of x (..., D) in whole levels, the largest entry in the most."""
+    levels = _levels(x.shape[-1])
+    scale = torch.where(largest_entry > 0, levels / largest_entry, 0.0)
+    return (x * scale).round_().clamp_(-levels, levels).to(torch.int8)
 
 
 def quantized_keys(keys: Tensor) -> Tensor:
     """Keys (M, D) fp32 less about their mean, as int8 of one scale for all."""
-    count, width = keys.shape
-    sample = keys[:: -(-count // SAMPLE)]
+    sample = keys[:: -(-len(keys) // SAMPLE)]
     mean = sample.mean(0)
     rms = (sample - mean).square().mean().sqrt()
     bound = torch.maximum(keys.amax(0) - mean, mean - keys.amin(0)).amax()
-    scale = _scale(torch.where(rms > 0, bound.minimum(CLIP * rms), bound), width)
-    rough = torch.empty(count, width, dtype=torch.int8)
-    for start in range(0, count, BLOCK):
-        rough[start : start + BLOCK] = _in_bytes((keys[start : start + BLOCK] - mean).mul_(scale))
+    bound = torch.where(rms > 0, bound.minimum(CLIP * rms), bound)
+    rough = torch.empty(keys.shape, dtype=torch.int8)
+    for start in range(0, len(keys), BLOCK):
+        rough[start : start + BLOCK] = _in_bytes(keys[start : start + BLOCK] - mean, bound)
     return rough
 
 
 def quantized_queries(queries: Tensor) -> Tensor:
     """Queries (n, D) as int8, each of a scale of its own."""
-    return _in_bytes(queries * _scale(queries.abs().amax(-1, keepdim=True), queries.shape[-1]))
+    return _in_bytes(queries, queries.abs().amax(-1, keepdim=True))
 
 
 def _filled_up(scores: Tensor, members: int) -> Tensor:
@@ -170,9 +170,7 @@ class _Head:
         return slots.gather(1, largest(scores, self.top_k)[1])
 
 
-def quantized_search(
-    queries: Tensor, memory: Memory, top_k: int, score_bytes: int
-) -> Neighbours:
+def quantized_search(queries: Tensor, memory: Memory, top_k: int, score_bytes: int) -> Neighbours:
     """Find ``top_k`` neighbours of queries (B, G, Q, D), nearly all of the true ones.
 
     Args:
