@@ -1,8 +1,22 @@
-"""What happens around a step: clearing, staleness, throughput."""
+"""What happens around a step: clearing, looking at the memory, timing, predictions."""
 
 from .clearing import MemoryClearing
+from .figures import LossByPosition
 from .predictions import PredictionWriter
+from .retrieval import RetrievalHistograms, RetrievalLogging
+from .samples import RetrievalSamples
 from .staleness import StalenessLogging
 from .throughput import Throughput
+from .timing import StepTiming
 
-__all__ = ["MemoryClearing", "PredictionWriter", "StalenessLogging", "Throughput"]
+__all__ = [
+    "LossByPosition",
+    "MemoryClearing",
+    "PredictionWriter",
+    "RetrievalHistograms",
+    "RetrievalLogging",
+    "RetrievalSamples",
+    "StalenessLogging",
+    "StepTiming",
+    "Throughput",
+]
