@@ -20,7 +20,7 @@ from small import (
     state,
 )
 
-from memorizing_transformers.training.callbacks import LossByPosition
+from memorizing_transformers.training.callbacks import LossByPosition, figures
 from memorizing_transformers.training.callbacks.figures import PositionSums, draw
 from memorizing_transformers.training.logger import RunLogger
 from memorizing_transformers.training.report import memory_size
@@ -31,7 +31,7 @@ VALIDATING: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 6}
 class Kept(LossByPosition):
     """Keeps what each validation measured."""
 
-    def __init__(self, tokens: int = 65536) -> None:
+    def __init__(self, tokens: int = 131072) -> None:
         super().__init__(tokens)
         self.all: list[PositionSums] = []
 
@@ -41,7 +41,8 @@ class Kept(LossByPosition):
             self.all.append(self._sums)
 
 
-def test_positions_fall_into_powers_of_two() -> None:
+def test_positions_fall_into_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "FEWEST", 1)
     sums = PositionSums()
     position = torch.tensor([1, 2, 3, 4, 7, 8, 2**20 - 1, 2**20])
     sums.add(position, torch.ones(8), torch.arange(8.0))
@@ -51,6 +52,8 @@ def test_positions_fall_into_powers_of_two() -> None:
     assert middle[:2] == pytest.approx([2**0.5, 2**1.5])
     assert on == [1.0] * 6
     assert off == [0.0, 1.5, 3.5, 5.0, 6.0, 7.0]
+    monkeypatch.setattr(figures, "FEWEST", 2)
+    assert sums.curve()[0] == middle[1:3]
     assert sums.gain == pytest.approx((28 - 8) / 8 / math.log(2))
 
 
@@ -106,8 +109,8 @@ def test_reading_twice_changes_nothing(texts: Path, tmp_path: Path, options: Any
             **VALIDATING,
         )
         trainer.fit(module, datamodule=make_data(texts))
-        figures = {k: v for k, v in logger.values.items() if k.startswith(("val/", "train/"))}
-        outcomes.append((figures, state(module), torch.rand(3)))
+        logged = {k: v for k, v in logger.values.items() if k.startswith(("val/", "train/"))}
+        outcomes.append((logged, state(module), torch.rand(3)))
         assert trainer.logged_metrics
     assert len(outcomes[0][0]["val/loss"]) == 2
     assert outcomes[0][0] == outcomes[1][0]
@@ -136,7 +139,8 @@ def test_a_figure_needs_no_display_and_leaves_nothing_open(texts: Path, tmp_path
     assert matplotlib.pyplot.get_fignums() == []
 
 
-def test_the_figure_shows_what_was_measured() -> None:
+def test_the_figure_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "FEWEST", 1)
     sums = PositionSums()
     sums.add(
         torch.tensor([1, 2, 1000]), torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3.0, 2.5, 2.0])

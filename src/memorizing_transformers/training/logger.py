@@ -11,15 +11,6 @@ from lightning.pytorch.utilities import rank_zero_only
 FIRST = "Perplexity"
 """The group that TensorBoard shows first: it sorts them, capitals before small letters."""
 
-METRICS = (
-    "val/perplexity",
-    "val/bits_per_byte",
-    "val/accuracy",
-    "train/perplexity",
-    "memory/gain_bits_per_token",
-)
-"""Scalars whose last values stand beside the settings on the HPARAMS page."""
-
 CHARTS = {
     "Perplexity": {"training and validation": ["Multiline", ["^(train|val)/perplexity$"]]},
     "Memory": {
@@ -72,10 +63,11 @@ class RunLogger(TensorBoardLogger):
     def log_hyperparams(
         self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None
     ) -> None:
-        """Lay out the HPARAMS and CUSTOM SCALARS pages, at the start of a run.
+        """Fill the HPARAMS page and lay out CUSTOM SCALARS, at the start of a run.
 
-        The scalars named in ``METRICS`` are read from the run's own curves, so the page is right
-        while the run goes on, and after it was killed.
+        The page takes its metrics from the last values of the run's own curves, so it is right
+        while the run goes on and after it was killed. It is told of no experiment: then TensorBoard
+        compares the runs by itself and puts first what differs.
 
         Args:
             params: settings by their full keys.
@@ -87,8 +79,7 @@ class RunLogger(TensorBoardLogger):
         self.hparams.update(params)
         if metrics:
             self.log_metrics(metrics, step)
-        writer = self.experiment._get_file_writer()
         named = {k: str(v).lower() if isinstance(v, bool) else v for k, v in params.items()}
-        for summary in hparams(named, dict.fromkeys(METRICS, 0.0)):
-            writer.add_summary(summary)
+        _, session, _ = hparams(named, {})
+        self.experiment._get_file_writer().add_summary(session)
         self.experiment.add_custom_scalars(CHARTS)

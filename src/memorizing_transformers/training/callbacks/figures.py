@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BINS = 40
 """Positions up to 2**40."""
+FEWEST = 64
+"""A mean of fewer tokens is not drawn."""
 
 
 class PositionSums:
@@ -40,8 +42,8 @@ class PositionSums:
         return (off - on) / tokens / math.log(2)
 
     def curve(self) -> tuple[list[float], list[float], list[float]]:
-        """Middle positions, mean losses with memory and without, of the bins that hold tokens."""
-        used = self.sums[0] > 0
+        """Middle positions, mean losses with memory and without, of the bins with enough tokens."""
+        used = self.sums[0] >= min(FEWEST, float(self.sums[0].max()))
         middle = 2.0 ** (torch.arange(BINS, dtype=torch.float64) + 0.5)
         on, off = self.sums[1:, used] / self.sums[0, used]
         return middle[used].tolist(), on.tolist(), off.tolist()
@@ -58,7 +60,7 @@ def draw(sums: PositionSums, segment: int, size: int) -> Figure:
     from matplotlib.figure import Figure
 
     middle, on, off = sums.curve()
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(5, 3.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(middle, off, "o-", color="tab:gray", label="memory off")
     axes.plot(middle, on, "o-", color="tab:orange", label="memory on")
@@ -71,7 +73,8 @@ def draw(sums: PositionSums, segment: int, size: int) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("position in the document, tokens")
     axes.set_ylabel("validation loss, nats per token")
-    axes.set_title(f"{int(sums.sums[0].sum()):,} tokens, gain {sums.gain:.3f} bits per token")
+    title = f"{int(sums.sums[0].sum()):,} tokens, gain {sums.gain:.3f} bits per token"
+    axes.set_title(title, fontsize=10)
     axes.legend()
     return figure
 
@@ -82,20 +85,21 @@ class LossByPosition(Callback):
     The second reading has a bank of its own, which only holds XL caches, and draws no random
     number: validation and training go on as if it had not been. Logs the gain as
     ``memory/gain_bits_per_token`` to every logger and the figure ``memory/loss_by_position`` to
-    TensorBoard. The longest documents are read first, so they make the sample.
+    TensorBoard. The sample is some rows of the batch, each to its end as far as that is allowed.
 
     Args:
         tokens: of the validation split to read twice at each validation, over all ranks; 0 for
             none.
     """
 
-    def __init__(self, tokens: int = 65536) -> None:
+    def __init__(self, tokens: int = 131072) -> None:
         self.tokens = tokens
         self._harmless = Harmless("loss by position")
         self._active = False
         self._left = 0
         """Token places of this rank still to be read twice."""
-        self._rows = self._segment = 0
+        self._rows = torch.zeros(0, dtype=torch.long)
+        self._segment = 0
         self._bank: MemoryBank | None = None
         self._sums = PositionSums()
 
@@ -109,7 +113,7 @@ class LossByPosition(Callback):
             and config.memory.size
             and config.memory_layers
         )
-        self._left, self._rows = self.tokens // trainer.world_size, 0
+        self._left = self.tokens // trainer.world_size
         self._bank, self._sums = None, PositionSums()
 
     def on_validation_batch_end(
@@ -128,11 +132,13 @@ class LossByPosition(Callback):
         if self._bank is None:
             # As many rows as can be read to their end, since an XL cache must not miss a segment.
             batches = min(trainer.num_val_batches[0], 2**40)
-            self._rows = min(rows, max(1, self._left // int(batches * segment)))
+            count = min(rows, max(1, self._left // int(batches * segment)))
+            device = batch.input_ids.device
+            self._rows = torch.linspace(0, rows - 1, count, device=device).round().long()
             self._segment = segment
-            self._bank = pl_module.net.new_memory(self._rows, pl_module.device)
+            self._bank = pl_module.net.new_memory(count, device)
             self._bank.memories.clear()
-        part = Batch(*(tensor[: self._rows] for tensor in batch))
+        part = Batch(*(tensor[self._rows] for tensor in batch))
         self._left -= part.input_ids.numel()
         self._bank.reset(part.reset)
         with trainer.precision_plugin.forward_context():
@@ -141,7 +147,7 @@ class LossByPosition(Callback):
         self._bank.commit(output.pairs, part.mask)
         counted = part.mask
         position = part.position[:, None] + torch.arange(1, segment + 1, device=counted.device)
-        vectors = (position, outputs["nll"][: self._rows], off)
+        vectors = (position, outputs["nll"][self._rows], off)
         self._sums.add(*(vector[counted].cpu() for vector in vectors))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:

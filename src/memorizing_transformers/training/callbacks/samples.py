@@ -12,7 +12,7 @@ from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Retrieval
 from .observing import Harmless, Observer, tensorboards
 
-CONTEXT = 8
+CONTEXT = 12
 """Tokens shown on either side of a token."""
 HEADS = 8
 """Heads shown of a layer."""
