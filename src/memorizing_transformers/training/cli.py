@@ -132,6 +132,8 @@ class MemoryCLI(LightningCLI):
             kwargs["logger"] = RunLogger(folder.parent, name="", version=folder.name)
         try:
             return super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
 

@@ -38,6 +38,7 @@ from .metrics import language_model_metrics
 from .neighbours import best_neighbour
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 from .resume import check_resumable, restore_rank, resume_facts
+from .sharded import shard
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
@@ -134,6 +135,8 @@ class MemorizingLM(LightningModule):
             # Without a memory these take no part, and DDP waits for every gradient it expects.
             for parameter in self.net.memory_parameters():
                 parameter.requires_grad_(False)
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser, its schedule stepped every optimiser step."""

@@ -16,6 +16,7 @@ from ...memory import Memory, MemoryBank, Neighbours
 from ...memory.search.recall import measured_recall
 from ...model import ModelOutput, Retrieval, Transformer
 from ...model.attention import MemoryLayerAttention
+from ..sharded import whole
 from .observing import Harmless, Observer, log_scalars, tensorboards
 
 APPROXIMATE = ("bucketed", "faiss", "faiss-ivf", "faiss-hnsw")
@@ -64,10 +65,13 @@ def memory_attention(net: Transformer) -> dict[int, MemoryLayerAttention]:
 
 
 def learned_gates(net: Transformer) -> dict[int, Tensor]:
-    """By memory layer the share of the memory in each head (H,), where it is a learned number."""
+    """By memory layer the share of the memory in each head (H,), where it is a learned number.
+
+    A collective where weights are sharded.
+    """
     gates = {layer: attention.gate for layer, attention in memory_attention(net).items()}
     return {
-        layer: torch.sigmoid(gate.detach().float())
+        layer: torch.sigmoid(whole(gate.detach()).float())
         for layer, gate in gates.items()
         if isinstance(gate, Tensor)
     }
@@ -135,12 +139,19 @@ class RetrievalHistograms(Observer):
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Draw this step's histograms."""
+        gates = learned_gates(self._module.net)
         writers = tensorboards(self._trainer)
         if writers:
-            self._harmless(lambda: self._draw(writers, bank, output, step))
+            self._harmless(lambda: self._draw(writers, gates, bank, output, step))
 
-    def _draw(self, writers: list[Any], bank: MemoryBank, output: ModelOutput, step: int) -> None:
-        gates = learned_gates(self._module.net)
+    def _draw(
+        self,
+        writers: list[Any],
+        gates: dict[int, Tensor],
+        bank: MemoryBank,
+        output: ModelOutput,
+        step: int,
+    ) -> None:
         values: dict[str, Tensor] = {}
         for layer, retrieval in output.retrievals.items():
             name = f"layer{layer}"

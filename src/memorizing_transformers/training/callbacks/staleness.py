@@ -8,6 +8,7 @@ from torch import Tensor
 from ...data.batch import Batch
 from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Transformer
+from ..sharded import is_sharded
 from .observing import Observer, log_scalars
 
 
@@ -90,6 +91,8 @@ class StalenessLogging(Observer):
 
     def _drift(self, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
         net = self._module.net
+        if is_sharded(net):  # the ranks' memories differ, and they would not meet in its forward
+            return {}
         modes = [(module, module.training) for module in net.modules()]
         net.eval()
         try:
