@@ -76,7 +76,7 @@ def of_dealing(slots: Tensor, deal: Dealing, buckets: int, size: int) -> dict[st
 def on_device(target: float, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
     """The bucketed search as it runs where there is no CPU's cache to please."""
     buckets = apart(num_buckets_for(top_k, target))
-    return BucketedSearch(target)._on_device(queries, memory, top_k, buckets)
+    return BucketedSearch(target)._plain(queries, memory, top_k, buckets)
 
 
 def measure(keys: Tensor, queries: Tensor, top_k: int, targets: list[float]) -> dict[str, Any]:
