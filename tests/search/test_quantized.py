@@ -138,3 +138,13 @@ def test_bucketed_search_uses_it_where_it_pays_and_suffices(
     for target, queries, memory in ((0.99, many, large), (0.95, few, large), (0.95, many, small)):
         BucketedSearch(target)(queries, memory, 8)
     assert len(calls) == 1
+
+
+def test_dropped_pairs_are_not_found() -> None:
+    memory = filled(400, [900, 300])
+    memory.drop(torch.tensor([150, 100]))
+    queries = torch.randn(2, 2, 30, 16)
+    found, expected = search(queries, memory, 16), reference_search(queries, memory, 16)
+    hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
+    assert memory.valid()[:, None, None].expand(-1, 2, 30, -1).gather(-1, found.slots).all()
+    assert hit.float().mean() > 0.98
