@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memorizing_transformers.memory import Memory
 from memorizing_transformers.memory.search.reference import reference_search
+from memorizing_transformers.memory.storage import quantize, restore
 
 
 class Pair(NamedTuple):
@@ -53,16 +54,22 @@ def random_segment(rows: int, length: int, padded: bool = False) -> Segment:
     return Segment(torch.randn(shape), torch.randn(shape), mask, ids)
 
 
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a memory of that storage dtype makes of vectors, in fp32."""
+    return restore(*quantize(x)) if dtype == torch.int8 else x.to(dtype).float()
+
+
 def assert_same(memory: Memory, slow: list[SlowRow]) -> None:
     """Everything the ring says of every pair agrees with the lists."""
-    age, valid = memory.age(), memory.valid()
+    age, valid, dtype = memory.age(), memory.valid(), memory.keys.dtype
+    keys, values = memory.keys_at(...), restore(memory.values, memory.value_scales)
     for row, expected in enumerate(slow):
         assert memory.fill[row] == len(expected.pairs) == valid[row].sum()
         in_use = valid[row].nonzero().flatten().tolist()
         oldest_first = sorted(in_use, key=lambda slot: int(memory.positions[row, slot]))
         for rank, (slot, pair) in enumerate(zip(oldest_first, expected.pairs, strict=True)):
-            assert torch.equal(memory.keys[row, :, slot], pair.key.to(memory.keys.dtype))
-            assert torch.equal(memory.values[row, :, slot], pair.value.to(memory.values.dtype))
+            assert torch.equal(keys[row, :, slot], as_stored(pair.key, dtype))
+            assert torch.equal(values[row, :, slot], as_stored(pair.value, dtype))
             assert memory.token_ids[row, slot] == pair.token_id
             assert memory.positions[row, slot] == pair.position
             assert memory.steps[row, slot] == pair.step
@@ -84,7 +91,7 @@ def write_to_both(
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(("size", "length"), [(12, 4), (10, 4), (7, 3), (13, 63), (1, 1), (5, 5)])
 def test_keeps_the_last_pairs_of_every_row(

@@ -100,6 +100,21 @@ def test_a_reset_that_wrote_as_much_again_is_noticed(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_nothing_is_sealed_before_a_query_can_tell_how_hard_to_look(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a resume. Keys would tell too little: every key has itself for a neighbour."""
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch(kind, 0.95)
+    memory = Memory(1, HEADS, 1024, WIDTH)
+    write(memory, 1024)
+    assert_agrees(search, memory, 1.0)
+    assert not search._queues[memory][0][0].sealed
+    assert_agrees(search, memory, 0.9)
+    assert search._queues[memory][0][0].sealed
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_sub_indexes_retire_and_never_outnumber_the_ring(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ SHAPES = [
     {"qk_norm": False, "memory": {"combine": "content", "size": 64}},
     {"memory": {"combine": "joint", "position_bias": "t5", "layers": [0, 2], "size": 64}},
     {"memory": {"dtype": "bfloat16", "size": 100}},
+    {"memory": {"dtype": "int8", "size": 100}, "num_kv_heads": 2},
     {"memory": {"size": 0}},
 ]
 
@@ -24,8 +25,11 @@ def test_counts_what_the_model_has(shape: dict[str, object]) -> None:
     cost = estimate(config, rows=2, segment=8)
     assert cost.parameters == sum(weight.numel() for weight in model.parameters())
     bank = model.new_memory(2)
-    memories = sum(x.keys.nbytes + x.values.nbytes for x in bank.memories.values())
-    assert cost.memory_bytes == memories + 12 * sum(2 * x.size for x in bank.memories.values())
+    counters = ("written", "origin", "bound")
+    tensors = [m.tensors() for m in bank.memories.values()]
+    assert cost.memory_bytes == sum(
+        x.nbytes for named in tensors for name, x in named.items() if name not in counters
+    )
     assert cost.cache_bytes == sum(x.keys.nbytes + x.values.nbytes for x in bank.caches.values())
     assert (cost.search_flops == 0) == (config.memory.size == 0)
     assert cost.device_bytes > cost.weight_bytes

@@ -58,6 +58,7 @@ def fit(
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "several memory layers in bf16": {"layers": [0, 1], "dtype": "bfloat16"},
+    "memory in int8": {"dtype": "int8"},
     "joint with bias": {"combine": "joint", "position_bias": "t5"},
     "no XL cache": {"xl_cache": 0},
     "bucketed search": {"search": "bucketed"},

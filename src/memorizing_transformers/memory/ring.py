@@ -2,20 +2,22 @@
 
 Shapes: B rows, G key/value heads, M slots, N tokens of a segment, D head width.
 
-A slot costs ``2 * G * D`` numbers in the storage dtype and 12 bytes of bookkeeping (token id,
-position, step). Writing a segment costs O(N) per row, resetting a row O(1).
+A slot costs ``2 * G * D`` numbers in the storage dtype (``storage.py``) and 12 bytes of bookkeeping
+(token id, position, step). Writing a segment costs O(N) per row, resetting a row O(1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .reading import Reading
+from .storage import SCALES, converted, quantize, restore
 
 
 class Memory:
@@ -30,7 +32,7 @@ class Memory:
         num_kv_heads: key/value heads G.
         size: slots M per row.
         head_dim: width D of a key and of a value.
-        dtype: storage dtype of keys and values.
+        dtype: storage dtype of keys and values, one of ``STORAGE_DTYPES``.
         device: where the pairs live.
     """
 
@@ -48,6 +50,12 @@ class Memory:
         self.size = size
         self.keys = torch.zeros(pairs, dtype=dtype, device=device)
         self.values = torch.zeros(pairs, dtype=dtype, device=device)
+        self.key_scales: Tensor | None = None
+        """(B, G, M) fp32, factor of each stored key; None unless stored as int8."""
+        self.value_scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.key_scales = torch.zeros(pairs[:3], dtype=torch.float32, device=device)
+            self.value_scales = torch.zeros_like(self.key_scales)
         self.token_ids = torch.zeros(slots, dtype=torch.int32, device=device)
         """(B, M) the token that a slot's pair was computed from."""
         self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -68,9 +76,21 @@ class Memory:
 
     def reading(self) -> Reading:
         """The pairs as of now, for a backward pass that may come after later writes."""
-        reading = Reading({"keys": self.keys, "values": self.values})
+        names = [*SCALES, *SCALES.values()]
+        stores = {name: getattr(self, name) for name in names}
+        reading = Reading({name: store for name, store in stores.items() if store is not None})
         self._readings.add(reading)
         return reading
+
+    def keys_at(self, index: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Keys in a floating dtype, restored if stored as int8; perhaps a view, so not to change.
+
+        Args:
+            index: of the (B, G, M) stored keys.
+            dtype: of the result.
+        """
+        scales = None if self.key_scales is None else self.key_scales[index]
+        return restore(self.keys[index], scales, dtype)
 
     @property
     def used(self) -> Tensor:
@@ -140,8 +160,13 @@ class Memory:
         slots = (positions - self.origin[rows]) % self.size
         for reading in self._readings:
             reading.keep(rows, slots)
-        self.keys[rows, :, slots] = keys.detach()[rows, :, tokens].to(self.keys.dtype)
-        self.values[rows, :, slots] = values.detach()[rows, :, tokens].to(self.values.dtype)
+        for name, new in (("keys", keys), ("values", values)):
+            new = new.detach()[rows, :, tokens]
+            scales: Tensor | None = getattr(self, SCALES[name])
+            if scales is not None:
+                new, scales[rows, :, slots] = quantize(new)
+            stored: Tensor = getattr(self, name)
+            stored[rows, :, slots] = new.to(stored.dtype)
         self.positions[rows, slots] = positions.to(torch.int32)
         self.steps[rows, slots] = step
         if token_ids is not None:
@@ -198,7 +223,10 @@ class Memory:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the memory, by name; the first dimension is the row."""
-        names = ("keys", "values", "token_ids", "positions", "steps", "written", "origin", "oldest")
+        names = ["keys", "values", "token_ids", "positions", "steps"]
+        names += ["written", "origin", "oldest"]
+        if self.key_scales is not None:
+            names += SCALES.values()
         # The bound decides what a search reads, and so how its sums round.
         bound = torch.full_like(self.written, self._most_written)
         return {**{name: getattr(self, name) for name in names}, "bound": bound}
@@ -214,6 +242,7 @@ class Memory:
             reading.keep(*everywhere)
         self.document += 1
         given = {name: tensor.to(self.written.device) for name, tensor in tensors.items()}
+        given = converted(given, self.keys.dtype)
         written, origin = given["written"], given["origin"]
         old_size = given["keys"].shape[2]
         # A larger memory must not count what the smaller one had already overwritten.
@@ -233,7 +262,7 @@ class Memory:
         for name, own in self.tensors().items():
             if own.ndim > 1 and old_size == self.size:
                 own.copy_(given[name])  # so that one who resumes holds the same bit for bit
-            elif own.ndim == 4:
+            elif own.ndim > 2:
                 own[rows, :, target] = given[name][rows, :, source].to(own.dtype)
             elif own.ndim == 2:
                 own[rows, target] = given[name][rows, source]

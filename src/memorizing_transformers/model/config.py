@@ -43,7 +43,8 @@ class MemoryConfig:
             learned-absolute (by age in the memory).
         bias_buckets: buckets of that bias.
         bias_max_distance: distance in tokens from which on t5 uses the last bucket.
-        dtype: storage of keys and values: float32 or bfloat16. A run-time choice.
+        dtype: storage of keys and values: float32, bfloat16, or int8 with a scale for each vector.
+            A run-time choice.
         refresh_every_n_steps: training steps after which the pairs of the documents being read are
             encoded anew with the weights of the day; 0 for never.
         drop_after_n_steps: age in training steps beyond which pairs are not retrieved any more; 0
@@ -72,7 +73,7 @@ class MemoryConfig:
     position_bias: Literal["none", "t5", "learned-absolute"] = "none"
     bias_buckets: int = 32
     bias_max_distance: int = 65536
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     refresh_every_n_steps: int = 0
     drop_after_n_steps: int = 0
     drop_below_cosine: float = 0.0

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..memory import STORAGE_DTYPES
+from ..memory.storage import slot_bytes
 from ..model import ModelConfig
 
-BOOKKEEPING = 12
-"""Bytes a slot beside its pair: token, position, step."""
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
 """Numbers of optimiser state per weight; Adafactor's factors are negligible."""
 
@@ -167,8 +164,7 @@ def estimate(
         one += scored * (memory_layers - 1) / memory_layers
         refreshed = one * memory.size / segment / memory.refresh_every_n_steps
 
-    element = torch.empty(0, dtype=STORAGE_DTYPES[memory.dtype]).element_size()
-    slot = 2 * groups * width * element + BOOKKEEPING
+    slot = slot_bytes(STORAGE_DTYPES[memory.dtype], groups, width)
     memory_bytes = rows * memory.size * slot * memory_layers
     cache_bytes = rows * config.xl_cache * 2 * groups * width * 4 * layers
 

@@ -4,7 +4,7 @@ For each row and head: scores of a chunk of queries against a span of slots, blo
 block's scores folded to the maxima of its buckets while they are still in the cache. Which members
 of the best buckets to look at afterwards is all that sets the two searches apart.
 
-A bucket's members stand evenly over their block, so neighbours in the text never share one.
+A bucket's members stand evenly over their block, an odd number of slots apart.
 
 Shapes: n queries of one chunk, M slots of one head in use, D head width, K neighbours.
 """
@@ -34,6 +34,15 @@ QUERIES_PER_THREAD = 64
 def num_blocks(count: int, width: int) -> int:
     """Blocks that ``width`` slots are cut into for ``count`` queries."""
     return -(-count * width // BLOCK_SCORES)
+
+
+def apart(stride: int) -> int:
+    """A distance of a bucket's members, at least ``stride``, that suits keys from a text.
+
+    Tokens at the same place of different segments lack the same context, so their keys resemble
+    each other: an odd number keeps apart what lies a power of two apart.
+    """
+    return stride | 1
 
 
 @dataclass
@@ -67,7 +76,7 @@ class HostScan:
             found = min(top_k, used)
             valid[row, ..., :found] = True
             if self.buckets is None and groups * count * used <= min(AT_ONCE, room):
-                scores = queries[row].float() @ memory.keys[row, :, held].float().mT
+                scores = queries[row].float() @ memory.keys_at((row, slice(None), held)).mT
                 chosen = largest(scores, found)[1]
                 slots[row, ..., :found] = chosen if isinstance(held, slice) else held[chosen]
                 continue
@@ -75,12 +84,12 @@ class HostScan:
             members = members_for(found)
             if self.buckets is not None:
                 members = max(1, min(MOST_MEMBERS, used // self.buckets))
-            # The last block of a span may be padded to a whole one.
-            needed = chunk * (span + members * num_blocks(chunk, span))
+            # Strides are rounded up, and the last block of a span may be padded to a whole one.
+            needed = chunk * (span + 2 * members * num_blocks(chunk, span))
             if scratch.numel() < needed:
                 scratch = torch.empty(needed, dtype=self.dtype)
             for head in range(groups):
-                keys = memory.keys[row, head, held].to(self.dtype)
+                keys = memory.keys_at((row, head, held), self.dtype)
                 for start in range(0, count, chunk):
                     part = slice(start, start + chunk)
                     own = queries[row, head, part].to(self.dtype)
@@ -119,6 +128,8 @@ class HostScan:
         """Scores and places (n, min(top_k, span)) of the best keys (span, D)."""
         count, width = queries.shape[0], keys.shape[0]
         stride = -(-width // (num_blocks(count, width) * members))
+        if self.buckets is not None:
+            stride = apart(stride)
         block = stride * members
         blocks = -(-width // block)
         padded = blocks * block

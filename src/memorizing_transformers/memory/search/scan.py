@@ -40,7 +40,7 @@ def score_blocks(
         rows_queries = queries[rows].float()
         for start in range(0, used, block):
             slots = slice(start, min(used, start + block))
-            scores = rows_queries @ memory.keys[rows, :, slots].float().transpose(-1, -2)
+            scores = rows_queries @ memory.keys_at((rows, slice(None), slots)).transpose(-1, -2)
             # Asking costs a wait on a GPU, filling a pass over the scores on a CPU.
             if scores.is_cuda or not valid[rows, slots].all():
                 scores.masked_fill_(~valid[rows, None, None, slots], -torch.inf)
