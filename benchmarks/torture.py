@@ -137,7 +137,6 @@ def main() -> None:
         write_config(path, options.folder / name)
         return path
 
-    began = time.perf_counter()
     os.waitpid(start(["fit", "--config", str(config("whole"))]), 0)
     began = time.perf_counter()
     os.waitpid(start(["fit", "--config", str(config("again"))]), 0)
@@ -155,7 +154,7 @@ def main() -> None:
         while True:
             resume = candidates(root / "version_0" / "checkpoints")
             child = start([*arguments, *(["--ckpt_path", "last"] if resume else [])])
-            deadline = time.perf_counter() + draw.uniform(0.2, 1.1) * seconds
+            deadline = time.perf_counter() + draw.uniform(0.1, 0.9) * seconds
             done = 0
             while not done and time.perf_counter() < deadline:
                 done, status = os.waitpid(child, os.WNOHANG)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import SEARCHES, Memory, Neighbours, Search, make_search
-from memorizing_transformers.memory.search import bucketed
+from memorizing_transformers.memory.search import bucketed, host
 from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.largest import largest
@@ -58,7 +58,8 @@ def assert_sound(found: Neighbours, memory: Memory, top_k: int) -> None:
     assert found.slots.shape[-1] == top_k
     assert (found.valid.sum(-1) == expected).all()
     assert (found.slots[found.valid] >= 0).all()
-    assert (found.slots < memory.fill[:, None, None, None])[found.valid].all()
+    row = torch.arange(len(memory.fill))[:, None, None, None].expand_as(found.slots)
+    assert memory.valid()[row[found.valid], found.slots[found.valid]].all()
     distinct = torch.where(found.valid, found.slots, -1 - torch.arange(top_k)).sort(-1).values
     assert (distinct.diff(dim=-1) > 0).all()
 
@@ -97,6 +98,31 @@ def test_every_named_search_is_sound_and_reaches_its_recall(name: str) -> None:
     memory = fill_rows(509, [2000, 300])
     queries = torch.randn(2, HEADS, 63, WIDTH)
     found = make_search(name, recall_target=0.9)(queries, memory, 8)
+    assert_sound(found, memory, 8)
+    assert recall(found, reference_search(queries, memory, 8)) >= 0.88
+
+
+@pytest.mark.parametrize("dropped", [[200, 0], [509, 290], [480, 300], [1, 297]], ids=str)
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "head by head"])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_no_search_finds_what_was_dropped(
+    name: str, at_once: bool, dropped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dropped keys are the best by far, and the others are found as if they were alone."""
+    if not at_once:
+        monkeypatch.setattr(host, "AT_ONCE", 0)
+        monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
+    memory = fill_rows(509, [2000, 300])
+    queries = torch.randn(2, HEADS, 63, WIDTH)
+    numbers = memory.written[:, None] - 1 - memory.age()
+    first = memory.written - memory.fill + torch.tensor(dropped)
+    gone = memory.valid() & (numbers < first[:, None])
+    memory.keys.mul_(torch.where(gone, 100.0, 1.0)[:, None, :, None])
+    search = make_search(name, recall_target=0.9)
+    search(queries, memory, 8)  # an index has seen them all
+    memory.drop(torch.tensor(dropped))
+    assert not memory.valid()[gone].any()
+    found = search(queries, memory, 8)
     assert_sound(found, memory, 8)
     assert recall(found, reference_search(queries, memory, 8)) >= 0.88
 

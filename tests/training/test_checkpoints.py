@@ -14,7 +14,7 @@ from small import Run
 
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.training import checkpoints
-from memorizing_transformers.training.rank_state import load_rows, save_rank
+from memorizing_transformers.training.rank_state import RankPart, load_rows
 from memorizing_transformers.training.trainer import FolderCheckpointIO
 
 
@@ -135,9 +135,9 @@ def test_crash_while_saving_leaves_the_previous_one_whole(
 def test_missing_rank_ends_in_an_error_that_names_it(tmp_path: Path) -> None:
     staging = tmp_path / "staging"
     staging.mkdir()
-    save_rank(staging, 0, None)
+    RankPart(0, None).write(staging)
     checkpoints.mark_done(staging, 0, [staging / checkpoints.rank_file(0)])
-    with pytest.raises(RuntimeError, match="rank 1"):
+    with pytest.raises(UserError, match="rank 1"):
         checkpoints.finish(staging, tmp_path / "x.ckpt", 2, {"step": 1}, timeout=0.05)
     assert not (tmp_path / "x.ckpt").exists()
 
@@ -165,7 +165,7 @@ def test_rows_are_found_whatever_the_number_of_ranks(run: Run, tmp_path: Path) -
         for rank in range(writers):
             width = 4 // writers
             part = Slice(rank * width, (rank + 1) * width)
-            save_rank(folder, rank, part)  # type: ignore[arg-type]
+            RankPart(rank, part).write(folder)  # type: ignore[arg-type]
         for readers in (1, 2, 4):
             width = 4 // readers
             got = [

@@ -46,6 +46,24 @@ def test_the_memory_costs_what_its_size_says() -> None:
     assert costs[1].memory_bytes == 2 * costs[0].memory_bytes
 
 
+def test_a_refresh_costs_forward_passes_of_what_is_stored() -> None:
+    """Every step and with as many slots as a segment: one forward pass up to the memory layer."""
+    shape = {"vocab_size": 50, "num_layers": 4, "xl_cache": 128}
+    costs = {
+        (size, every): estimate(
+            ModelConfig(**shape, memory={"size": size, "refresh_every_n_steps": every}),  # type: ignore[arg-type]
+            rows=2,
+            segment=128,
+        )
+        for size, every in ((128, 0), (128, 1), (1024, 4))
+    }
+    assert costs[128, 0].refresh_flops == 0
+    once = costs[128, 1].refresh_flops
+    assert 0.7 < once / (costs[128, 1].model_flops / 3 * 3 / 4) < 1
+    assert costs[1024, 4].refresh_flops == pytest.approx(2 * once)
+    assert costs[128, 1].memory_share > costs[128, 0].memory_share
+
+
 def test_an_index_lives_on_the_host() -> None:
     config = ModelConfig(vocab_size=50, memory={"search": "faiss"})  # type: ignore[arg-type]
     assert estimate(config, 2, 128).host_bytes > 0

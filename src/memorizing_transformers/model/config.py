@@ -45,6 +45,12 @@ class MemoryConfig:
         bias_max_distance: distance in tokens from which on t5 uses the last bucket.
         dtype: storage of keys and values: float32, bfloat16, or int8 with a scale for each vector.
             A run-time choice.
+        refresh_every_n_steps: training steps after which the pairs of the documents being read are
+            encoded anew with the weights of the day; 0 for never.
+        drop_after_n_steps: age in training steps beyond which pairs are not retrieved any more; 0
+            for any age.
+        drop_below_cosine: bound on the mean cosine of a segment's stored keys and today's, below
+            which it and what is older are not retrieved any more; 0 for none.
     """
 
     size: int = 8192
@@ -68,8 +74,22 @@ class MemoryConfig:
     bias_buckets: int = 32
     bias_max_distance: int = 65536
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    refresh_every_n_steps: int = 0
+    drop_after_n_steps: int = 0
+    drop_below_cosine: float = 0.0
 
-    RUNTIME = ("size", "top_k", "search", "recall_target", "dtype", "fixed_value", "gate_init")
+    RUNTIME = (
+        "size",
+        "top_k",
+        "search",
+        "recall_target",
+        "dtype",
+        "fixed_value",
+        "gate_init",
+        "refresh_every_n_steps",
+        "drop_after_n_steps",
+        "drop_below_cosine",
+    )
     """Fields that may differ between the run that wrote a checkpoint and the run that reads it."""
 
     def validate(self, prefix: str = "model.memory.") -> None:
@@ -96,6 +116,11 @@ class MemoryConfig:
             raise ConfigError(prefix + "gate_init", self.gate_init, "must lie between 0 and 1")
         _at_least(prefix + "bias_buckets", self.bias_buckets, 4)
         _at_least(prefix + "bias_max_distance", self.bias_max_distance, self.bias_buckets)
+        _at_least(prefix + "refresh_every_n_steps", self.refresh_every_n_steps, 0)
+        _at_least(prefix + "drop_after_n_steps", self.drop_after_n_steps, 0)
+        if not 0 <= self.drop_below_cosine < 1:
+            remedy = "must lie in [0, 1); 0 drops nothing"
+            raise ConfigError(prefix + "drop_below_cosine", self.drop_below_cosine, remedy)
 
 
 @dataclass

@@ -190,6 +190,24 @@ class Transformer(nn.Module):
         x = self.dropout(self.norm(x)) * self.config.d_model**-0.5
         return ModelOutput(F.linear(x, self.embedding.weight), pairs, retrievals)
 
+    def encode(self, input_ids: Tensor, memory: MemoryBank) -> list[Pairs]:
+        """The pairs of a segment up to the last memory layer, and nothing that costs more.
+
+        Args:
+            input_ids: (B, N) int64.
+            memory: the bank of these B rows.
+        """
+        last = max(self.config.memory_layers)
+        x = self.dropout(self.embedding(input_ids))
+        pairs: list[Pairs] = []
+        for index, layer in enumerate(list(self.layers)[:last]):
+            x, pair, _ = layer(x, memory.caches.get(index), memory.memories.get(index))
+            pairs.append(pair)
+        layer = self.layers[last]
+        assert isinstance(layer, Layer)
+        _, k, v = layer.attention.project(layer.attention_norm(x))
+        return [*pairs, (k.detach(), v.detach())]
+
     @staticmethod
     def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Negative log-likelihood in fp32 over counted tokens.

@@ -12,6 +12,7 @@ files alone: no collective is needed, and a missing rank ends in an error, not i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -91,6 +92,14 @@ def mark_done(staging: Path, rank: int, files: list[Path]) -> None:
     _write_json(staging / f"rank-{rank:05d}.done", {"files": entries})
 
 
+def mark_failed(staging: Path, rank: int, reason: str) -> None:
+    """Say that a rank can't write its files, so that nobody waits for it."""
+    with contextlib.suppress(OSError):
+        mark = staging / f"rank-{rank:05d}.failed"
+        mark.touch()  # succeeds on a full disk too
+        mark.write_text(reason)
+
+
 def finish(
     staging: Path, target: Path, world_size: int, info: dict[str, Any], timeout: float = 600.0
 ) -> None:
@@ -104,15 +113,18 @@ def finish(
         timeout: seconds to wait for the slowest rank.
 
     Raises:
-        RuntimeError: naming the ranks that did not finish in time.
+        UserError: naming the rank that could not write, or did not in time.
     """
     files: dict[str, Any] = {}
     deadline = time.monotonic() + timeout
     for rank in range(world_size):
         mark = staging / f"rank-{rank:05d}.done"
         while not mark.exists():
+            failed = mark.with_suffix(".failed")
+            if failed.exists():
+                raise UserError(f"rank {rank} could not write its part: {failed.read_text()}")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"rank {rank} did not write its part of {target} in time")
+                raise UserError(f"rank {rank} did not write its part within {timeout:.0f} s")
             time.sleep(0.01)
         files.update(json.loads(mark.read_text())["files"])
         mark.unlink()
@@ -214,3 +226,18 @@ def explain_damage(folder: Path, error: DamagedCheckpoint) -> UserError:
     good = newest_good(folder.parent)
     remedy = f"the newest good one is {good}" if good else "there is no good one beside it"
     return UserError(f"ckpt_path: {error}; {remedy}")
+
+
+def open_folder(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose trainer's part agrees with its digest.
+
+    Raises:
+        UserError: where the checkpoint is damaged or none of ours.
+    """
+    if not folder.is_dir():
+        remedy = "not a checkpoint of this project, which are folders with a manifest.json"
+        raise ConfigError("ckpt_path", str(folder), remedy)
+    try:
+        return verify(folder, [TRAINER_FILE])
+    except DamagedCheckpoint as error:
+        raise explain_damage(folder, error) from error

@@ -127,6 +127,8 @@ class MemoryCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(folder.parent, name="", version=folder.name)
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
         if trainer.loggers:

@@ -22,12 +22,13 @@ from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
-from .callbacks import MemoryClearing, StalenessLogging, Throughput
+from .callbacks import MemoryClearing, StalenessControl, StalenessLogging, Throughput
 from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
 from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .metrics import language_model_metrics
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 from .resume import check_resumable, restore_rank, resume_facts
+from .sharded import shard
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
@@ -74,8 +75,14 @@ class MemorizingLM(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Clearing, staleness and throughput come with the module, unless the trainer has them."""
+        # In the order that they act before a step: throughput counts what a refresh costs.
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
-        wanted = [MemoryClearing(), StalenessLogging(self.staleness_every_n_steps), Throughput()]
+        wanted = [
+            MemoryClearing(),
+            StalenessLogging(self.staleness_every_n_steps),
+            Throughput(),
+            StalenessControl(),
+        ]
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 
     def setup(self, stage: str) -> None:
@@ -109,6 +116,8 @@ class MemorizingLM(LightningModule):
             # Without a memory these take no part, and DDP waits for every gradient it expects.
             for parameter in self.net.memory_parameters():
                 parameter.requires_grad_(False)
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser, its schedule stepped every optimiser step."""

@@ -62,23 +62,31 @@ def set_random_state(state: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(value, int(name.removeprefix("cuda.")))
 
 
-def save_rank(folder: Path, rank: int, bank: MemoryBank | None, with_memory: bool = True) -> Path:
-    """Write a rank's part.
+class RankPart:
+    """A copy in host memory of what one rank owns; later steps do not change it.
 
     Args:
-        folder: the checkpoint.
-        rank: this rank.
+        rank: the rank.
         bank: the memory of its rows; ranks own as many rows each.
-        with_memory: whether to write that memory, or random states alone.
+        with_memory: whether to hold that memory, or random states alone.
     """
-    num_rows = bank.batch_size if bank is not None else 0
-    tensors = {RANDOM + name: value for name, value in random_state().items()}
-    if bank is not None and with_memory:
-        for name, value in bank.tensors().items():
-            tensors[ROWS + name] = value.detach().to("cpu").contiguous()
-    path = folder / rank_file(rank)
-    save_file(tensors, path, metadata={"rows": f"{rank * num_rows}:{(rank + 1) * num_rows}"})
-    return path
+
+    def __init__(self, rank: int, bank: MemoryBank | None, with_memory: bool = True) -> None:
+        num_rows = bank.batch_size if bank is not None else 0
+        self.rank = rank
+        self.rows = range(rank * num_rows, (rank + 1) * num_rows)
+        self.tensors = {RANDOM + name: value for name, value in random_state().items()}
+        if bank is not None and with_memory:
+            for name, value in bank.tensors().items():
+                copied = value.detach().to("cpu", copy=True)
+                self.tensors[ROWS + name] = copied.contiguous()
+
+    def write(self, folder: Path) -> Path:
+        """Write the rank's part of a checkpoint folder."""
+        path = folder / rank_file(self.rank)
+        metadata = {"rows": f"{self.rows.start}:{self.rows.stop}"}
+        save_file(self.tensors, path, metadata=metadata)
+        return path
 
 
 def load_random_state(folder: Path, rank: int) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..ring import Memory
 from . import Neighbours, Search, make_search
+from .bucketed import QUANTIZED_SLOTS, ROUGH_SLOTS
+from .quantized import has_fast_int8
 
 logger = logging.getLogger(__name__)
 
-EXACT_UP_TO = {"cpu": 32768, "cuda": 8192}
+EXACT_UP_TO = {"cpu": QUANTIZED_SLOTS if has_fast_int8() else ROUGH_SLOTS, "cuda": 8192}
 """Slots up to which an exact search costs about as much as an approximate one; measured on a CPU,
 not yet on a GPU."""
 SCAN_UP_TO = 2**20

@@ -24,18 +24,23 @@ from . import Neighbours
 from .host import SCORE_BYTES as HOST_SCORE_BYTES
 from .host import HostScan, apart
 from .largest import members_for
+from .quantized import has_fast_int8, quantized_search
 from .scan import SCORE_BYTES, score_blocks
 
 logger = logging.getLogger(__name__)
 
 ROUGH_RECALL = 0.97
-"""Recall targets up to this one allow scores in bfloat16 where that is fast."""
+"""Recall targets up to this one allow rough scores, in int8 or bfloat16, where they are fast."""
 SPARE = 4
 """One spare candidate for every so many neighbours makes up for ranks that bfloat16 confuses."""
 
 ROUGH_SLOTS = 32768
 """With fewer, an exact search costs a CPU less: scoring candidates again outweighs what bfloat16
 saves, and in fp32 buckets save nothing."""
+QUANTIZED_SLOTS = 4096
+"""With fewer, int8 saves less than it costs to prepare; measured at widths of 32 and 64."""
+QUANTIZED_QUERIES = 128
+"""For fewer queries a head, likewise."""
 FEW_QUERIES = 16
 """For fewer queries than this, reading the keys is all the cost there is."""
 CANDIDATE_BYTES = 12
@@ -70,8 +75,9 @@ def has_fused_kernel() -> bool:
 class BucketedSearch:
     """Neighbours with an expected recall of ``recall_target``, exact where the memory is small.
 
-    On a CPU more buckets cost little, so there are more than needed, until each has 32 slots. On a
-    GPU scores and maxima are one Triton kernel where it can run, else plain torch.
+    On a CPU more buckets cost little, so there are more than needed, until each has 32 slots; where
+    it has instructions for them, rough scores in int8 choose the candidates. On a GPU scores and
+    maxima are one Triton kernel where it can run, else plain torch.
 
     Args:
         recall_target: expected share of the true neighbours, in (0, 1).
@@ -93,10 +99,14 @@ class BucketedSearch:
 
     def _on_host(self, queries: Tensor, memory: Memory, top_k: int, num_buckets: int) -> Neighbours:
         room = self.score_bytes or HOST_SCORE_BYTES
+        rough = self.recall_target <= ROUGH_RECALL
+        enough = memory.max_fill >= QUANTIZED_SLOTS and queries.shape[2] >= QUANTIZED_QUERIES
+        if rough and enough and has_fast_int8():
+            return quantized_search(queries, memory, top_k, room)
         small = memory.max_fill < max(ROUGH_SLOTS, members_for(top_k) * num_buckets)
         if small or queries.shape[2] < FEW_QUERIES:
             return HostScan(None, torch.float32, room)(queries, memory, top_k)
-        if not (self.recall_target <= ROUGH_RECALL and has_fast_bfloat16()):
+        if not (rough and has_fast_bfloat16()):
             return HostScan(num_buckets, torch.float32, room)(queries, memory, top_k)
         spare = min(top_k // SPARE, memory.max_fill - top_k)
         scan = HostScan(num_buckets, torch.bfloat16, room)

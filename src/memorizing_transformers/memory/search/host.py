@@ -70,14 +70,15 @@ class HostScan:
         room = self.score_bytes // 4
         chunk = max(1, min(count, QUERIES_PER_THREAD * torch.get_num_threads(), room))
         scratch = torch.empty(0, dtype=self.dtype)
-        for row, used in enumerate(memory.fill.tolist()):
+        for row, (used, held) in enumerate(memory.retrievable()):
             if not used:
                 continue
             found = min(top_k, used)
             valid[row, ..., :found] = True
             if self.buckets is None and groups * count * used <= min(AT_ONCE, room):
-                scores = queries[row].float() @ memory.keys_at((row, slice(None), slice(used))).mT
-                slots[row, ..., :found] = largest(scores, found)[1]
+                scores = queries[row].float() @ memory.keys_at((row, slice(None), held)).mT
+                chosen = largest(scores, found)[1]
+                slots[row, ..., :found] = chosen if isinstance(held, slice) else held[chosen]
                 continue
             span = max(1, min(used, room // chunk))
             members = members_for(found)
@@ -88,11 +89,12 @@ class HostScan:
             if scratch.numel() < needed:
                 scratch = torch.empty(needed, dtype=self.dtype)
             for head in range(groups):
-                keys = memory.keys_at((row, head, slice(used)), self.dtype)
+                keys = memory.keys_at((row, head, held), self.dtype)
                 for start in range(0, count, chunk):
                     part = slice(start, start + chunk)
                     own = queries[row, head, part].to(self.dtype)
                     chosen = self._search(own, keys.split(span), found, members, scratch)
+                    chosen = chosen if isinstance(held, slice) else held[chosen]
                     slots[row, head, part, :found] = chosen
         return Neighbours(slots, valid)
 

@@ -105,27 +105,32 @@ class FaissSearch:
         if queues is None:
             queues = [[Queue() for _ in range(groups)] for _ in range(batch)]
             self._queues[memory] = queues
-        state = (memory.written, memory.origin, memory.document)
-        for row, (written, origin, document) in enumerate(
+        state = (memory.written - memory.origin, memory.fill, memory.document)
+        for row, (used, fill, document) in enumerate(
             zip(*(x.tolist() for x in state), strict=True)
         ):
-            used = written - origin
             for head in range(groups):
-                if not used:
+                if not fill:
                     continue
                 queue = queues[row][head]
                 if queue.document != document:
                     queue.sealed.clear()
                     queue.document, queue.asked = document, None
                 found = self._search_head(
-                    asked[row, head], Head(memory, row, head), queue, used, top_k
+                    asked[row, head], Head(memory, row, head), queue, used, used - fill, top_k
                 )
                 slots[row, head], valid[row, head] = np.maximum(found, 0) % memory.size, found >= 0
         device = queries.device
         return Neighbours(torch.from_numpy(slots).to(device), torch.from_numpy(valid).to(device))
 
     def _search_head(
-        self, queries: NDArray[Any], ring: Head, queue: Queue, used: int, top_k: int
+        self,
+        queries: NDArray[Any],
+        ring: Head,
+        queue: Queue,
+        used: int,
+        oldest: int,
+        top_k: int,
     ) -> NDArray[Any]:
         """Numbers (n, top_k) of the best pairs, best first, -1 where there are no more.
 
@@ -134,10 +139,10 @@ class FaissSearch:
             ring: the keys.
             queue: what is sealed of them.
             used: pairs written, counted as the slots are.
+            oldest: the first of them that can be retrieved.
             top_k: neighbours a query.
         """
         size = ring.memory.size
-        oldest = max(0, used - size)
         while queue.sealed and queue.sealed[0].last <= oldest:
             queue.sealed.popleft()
         run = max(SHORTEST_RUN, size // RUNS)

@@ -12,6 +12,7 @@ from ...data.batch import Batch
 from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Retrieval, Transformer
 from ...model.attention import MemoryLayerAttention
+from ..sharded import is_sharded, whole
 
 
 def retrieved_age(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Tensor, Tensor]:
@@ -129,6 +130,8 @@ class StalenessLogging(Callback):
 
     def _drift(self, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
         net = self._module.net
+        if is_sharded(net):  # the ranks' memories differ, and they would not meet in its forward
+            return {}
         modes = [(module, module.training) for module in net.modules()]
         net.eval()
         try:
@@ -142,7 +145,7 @@ class StalenessLogging(Callback):
         for index, layer in enumerate(net.layers):
             gate = getattr(layer.attention, "gate", None)
             if isinstance(layer.attention, MemoryLayerAttention) and isinstance(gate, Tensor):
-                for head, value in enumerate(torch.sigmoid(gate.detach().float()).tolist()):
+                for head, value in enumerate(torch.sigmoid(whole(gate.detach()).float()).tolist()):
                     gates[f"memory/gate/layer{index}_head{head}"] = value
         return gates
 

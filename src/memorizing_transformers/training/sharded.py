@@ -1,0 +1,117 @@
+"""Weights, gradients and optimiser state sharded over the ranks (FSDP2), memory as ever by rows."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ..model import Transformer
+from . import checkpoints
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy over all ranks, with this project's checkpoints.
+
+    A checkpoint holds the whole weights, gathered to rank 0: so saving is a collective here, and
+    the checkpoint can be read by any number of ranks, sharded or not.
+
+    Args:
+        process_group_backend: gloo, nccl, or None for the device's own.
+        timeout_seconds: how long a collective may take.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout_seconds: float = 1800.0
+    ) -> None:
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+
+    def setup_environment(self) -> None:
+        """Shard over every rank of every machine."""
+        self._data_parallel_size = self.num_processes * self.num_nodes
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Every rank takes its shard of the weights and the optimiser state.
+
+        Raises:
+            UserError: where the checkpoint is damaged or none of ours.
+        """
+        folder = Path(self.broadcast(checkpoint_path))
+        manifest = checkpoints.open_folder(folder)
+        file = folder / checkpoints.TRAINER_FILE
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint[checkpoints.FOLDER_KEY] = {"path": str(folder), "manifest": manifest}
+        assert self.model is not None
+        whole_state = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=whole_state)
+        saved = checkpoint.get("optimizer_states", [])
+        for optimizer, state in zip(self.optimizers, saved, strict=False):
+            named = _by_name(state, optimizer, self.model)
+            set_optimizer_state_dict(self.model, optimizer, named, options=whole_state)
+        return checkpoint
+
+    def teardown(self) -> None:
+        """Wait until all is written."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
+
+def _by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """An optimiser's state with the parameters' names for its own numbers.
+
+    An optimiser numbers by group, a module in the order of its layers: the groups tell which is
+    which, whether one rank wrote the state or many.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    known = {
+        number: names[parameter]
+        for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        for number, parameter in zip(saved["params"], live["params"], strict=True)
+    }
+    groups = [
+        {**group, "params": [known[number] for number in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    return {"state": {known[n]: v for n, v in state["state"].items()}, "param_groups": groups}
+
+
+def shard(net: Transformer, mesh: DeviceMesh) -> None:
+    """Shard each layer, and what is left, over the ranks of the mesh."""
+    for layer in net.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def is_sharded(net: Transformer) -> bool:
+    """Whether a forward pass is a collective, for which all ranks must meet."""
+    return any(isinstance(parameter, DTensor) for parameter in net.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter, gathered where it is sharded (then a collective)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+StrategyRegistry.register(
+    "sharded", ShardedStrategy, "Weights and optimiser state sharded over the ranks (FSDP2)"
+)
