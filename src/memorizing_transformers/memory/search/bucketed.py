@@ -76,8 +76,8 @@ class BucketedSearch:
     """Neighbours with an expected recall of ``recall_target``, exact where the memory is small.
 
     On a CPU more buckets cost little, so there are more than needed, until each has 32 slots; where
-    it has instructions for them, rough scores in int8 choose the candidates.
-    On a GPU scores and maxima are one Triton kernel where it can run, else plain torch.
+    it has instructions for them, rough scores in int8 choose the candidates. On a GPU scores and
+    maxima are one Triton kernel where it can run, else plain torch.
 
     Args:
         recall_target: expected share of the true neighbours, in (0, 1).

@@ -187,7 +187,7 @@ def quantized_search(queries: Tensor, memory: Memory, top_k: int, score_bytes: i
         found = min(top_k, used)
         valid[row, ..., :found] = True
         for head in range(groups if used else 0):
-            search = _Head(memory.keys[row, head, held].float(), found)
+            search = _Head(memory.keys_at((row, head, held)), found)
             chunk = max(1, min(QUERIES, score_bytes // (4 * (search.buckets + BLOCK))))
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
