@@ -57,10 +57,12 @@ def test_positions_fall_into_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> N
     assert sums.gain == pytest.approx((28 - 8) / 8 / math.log(2))
 
 
-@pytest.mark.parametrize("xl_cache", [0, 8, SEGMENT])
-def test_both_losses_are_those_of_two_runs_over_the_split(texts: Path, xl_cache: int) -> None:
+@pytest.mark.parametrize(("xl_cache", "rows"), [(0, 4), (8, 1), (SEGMENT, 1), (SEGMENT, 2)])
+def test_both_losses_are_those_of_two_runs_over_the_split(
+    texts: Path, xl_cache: int, rows: int
+) -> None:
     figure, logger = Kept(), Scalars()
-    module, data = make_module(xl_cache=xl_cache), make_data(texts)
+    module, data = make_module(xl_cache=xl_cache), make_data(texts, eval_rows=rows)
     trainer = make_trainer(max_steps=6, logger=logger, callbacks=[figure], **VALIDATING)
     trainer.fit(module, datamodule=data)
     tokens, on, off = figure.all[-1].sums.sum(1).tolist()

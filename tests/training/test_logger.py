@@ -81,6 +81,7 @@ def test_settings_are_flat_and_readable() -> None:
         "model.qk_norm": True,
         "data.source": "stdlib",
         "data.eval_rows": None,
+        "data.cache_dir": "data/cache",
         "trainer.callbacks": [object()],
         "trainer.max_steps": 5,
         "ckpt_path": "last",

@@ -27,6 +27,9 @@ SETTINGS = ("seed_everything", "model.", "data.", "trainer.max_steps", "trainer.
             "trainer.accumulate_grad_batches", "trainer.gradient_clip_val")  # fmt: skip
 """How the settings begin that tell one run from another."""
 
+OF_THE_MACHINE = ("data.cache_dir", "data.num_workers")
+"""Settings that change nothing of the outcome."""
+
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that matter to a comparison, as numbers and strings by their full keys.
@@ -36,7 +39,7 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat = {}
     for key, value in config.items():
-        if key.startswith(SETTINGS) and value is not None:
+        if key.startswith(SETTINGS) and key not in OF_THE_MACHINE and value is not None:
             plain = isinstance(value, bool | int | float | str)
             flat[key] = value if plain else str(value)
     return flat
