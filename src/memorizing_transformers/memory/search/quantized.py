@@ -183,13 +183,15 @@ def quantized_search(queries: Tensor, memory: Memory, top_k: int, score_bytes: i
     batch, groups, count, _ = queries.shape
     slots = torch.zeros(batch, groups, count, top_k, dtype=torch.int64)
     valid = torch.zeros(slots.shape, dtype=torch.bool)
-    for row, used in enumerate(memory.fill.tolist()):
+    for row, (used, held) in enumerate(memory.retrievable()):
         found = min(top_k, used)
         valid[row, ..., :found] = True
         for head in range(groups if used else 0):
-            search = _Head(memory.keys[row, head, :used].float(), found)
+            search = _Head(memory.keys_at((row, head, held)), found)
             chunk = min(QUERIES, score_bytes // (4 * (search.buckets + BLOCK)))
             for start in range(0, count, max(1, chunk)):
                 part = slice(start, start + max(1, chunk))
-                slots[row, head, part, :found] = search(queries[row, head, part].float())
+                chosen = search(queries[row, head, part].float())
+                chosen = chosen if isinstance(held, slice) else held[chosen]
+                slots[row, head, part, :found] = chosen
     return Neighbours(slots, valid)
