@@ -103,15 +103,19 @@ def test_every_named_search_is_sound_and_reaches_its_recall(name: str) -> None:
 
 
 @pytest.mark.parametrize("dropped", [[200, 0], [509, 290], [480, 300], [1, 297]], ids=str)
-@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "head by head"])
+@pytest.mark.parametrize("way", ["at once", "head by head", "in int8"])
 @pytest.mark.parametrize("name", SEARCHES)
 def test_no_search_finds_what_was_dropped(
-    name: str, at_once: bool, dropped: list[int], monkeypatch: pytest.MonkeyPatch
+    name: str, way: str, dropped: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dropped keys are the best by far, and the others are found as if they were alone."""
-    if not at_once:
+    if way != "at once":
         monkeypatch.setattr(host, "AT_ONCE", 0)
         monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
+    if way == "in int8":
+        monkeypatch.setattr(bucketed, "QUANTIZED_SLOTS", 0)
+        monkeypatch.setattr(bucketed, "QUANTIZED_QUERIES", 0)
+        monkeypatch.setattr(bucketed, "has_fast_int8", lambda: True)
     memory = fill_rows(509, [2000, 300])
     queries = torch.randn(2, HEADS, 63, WIDTH)
     numbers = memory.written[:, None] - 1 - memory.age()

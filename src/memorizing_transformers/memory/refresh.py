@@ -124,7 +124,7 @@ def oldest_drift(encode: Encode, bank: MemoryBank, segment: int) -> tuple[Tensor
     numbers = document.start[:, None] + torch.arange(segment, device=ids.device)
     slots = (numbers - memory.origin[:, None]) % memory.size
     rows = torch.arange(bank.batch_size, device=ids.device)[:, None]
-    stored = memory.keys[rows, :, slots].transpose(1, 2).float()
+    stored = memory.keys_at((rows, slice(None), slots)).transpose(1, 2)
     whole = there.all(1)
     cosine = F.cosine_similarity(stored, fresh, dim=-1).mean((1, 2))
     count = document.start + segment - (memory.written - memory.fill)
