@@ -102,14 +102,15 @@ def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
 
 def _times(row: Row, base: Row, key: str, form: str) -> str:
     factor = relative(row, base, key)
-    return _cell(row, key, form) + ("" if factor is None else f" ({factor:.2f}×)")
+    return _cell(row, key, form) + ("" if factor is None else f" ({factor:.2f} x)")
 
 
 def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     """The table for people."""
     base = rows[0]
     heads = ["variant", "run", "perplexity", "bits per byte", "accuracy %", "Δ loss (p)",
-             "training tokens/s", "step ms", "evaluation tokens/s", "search ms", "recall"]  # fmt: skip
+             "training tokens/s", "step ms", "evaluation tokens/s", "search ms",
+             "recall"]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         difference = ""
@@ -148,7 +149,7 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """The table for programs: mean and spread of every figure, multiples of the base's, the test."""
+    """The table for programs: means and spreads, multiples of the base's, the paired test."""
     names = ["variant", "run", "seeds"]
     for key in FIGURES:
         names += [key, f"{key}_std"]
