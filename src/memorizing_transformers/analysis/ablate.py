@@ -71,20 +71,13 @@ def _check_unchanged(trial: Trial, resolved: dict[str, Any]) -> None:
         return
     now = {"train": trial.train, "source": trial.source, "split": trial.split, **resolved}
     before = {**{key: noted[key] for key in ("train", "source", "split")}, **noted["resolved"]}
-    # Compared as they are written: JSON knows no tuples.
-    changed = [key for key in now if str(_plain(now[key])) != str(before.get(key))]
+    changed = [key for key in now if now[key] != before.get(key)]
     if changed:
         key = changed[0]
         raise UserError(
             f"variants.{trial.variant}: {key} = {now[key]!r}, but {trial.folder} was begun with "
             f"{before.get(key)!r}; give another --out, or delete that folder"
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(value[key]) for key in sorted(value)}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 class Runner:

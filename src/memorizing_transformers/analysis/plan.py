@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from jsonargparse import Namespace
 
 from ..errors import ConfigError, UserError
 from ..training.cli import MemoryCLI, read_config
@@ -154,8 +155,20 @@ def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
         raise UserError(f"variants.{variant.name}: {reason}") from stop
     except ValueError as error:
         raise UserError(f"variants.{variant.name}: {error}") from error
-    found = dict(vars(cli.config.as_flat()))
-    return {**found, **settings, **limits}
+    found = {key: _plain(value) for key, value in vars(cli.config.as_flat()).items()}
+    # The path of the base itself is no setting.
+    return {**{k: v for k, v in found.items() if k != "config"}, **settings, **limits}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON keeps it."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def check(plan: Plan) -> dict[str, dict[str, Any]]:
