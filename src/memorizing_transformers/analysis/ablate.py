@@ -21,6 +21,8 @@ from .plan import Plan, resolve
 from .trial import Trial, read_json, run_trial
 
 POLL_SECONDS = 0.2
+STOP_SECONDS = 30
+"""How long a worker may take to leave when it is told to."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
                     "RAYON_NUM_THREADS")  # fmt: skip
 
@@ -47,7 +49,7 @@ def make_trials(plan: Plan) -> list[Trial]:
                 folder=str(folder),
                 base=plan.base,
                 settings=settings,
-                limits={k: v for k, v in limits.items() if v is not None},
+                limits=limits,
                 train=variant.run == "train",
                 source=None if source is None else str(source),
                 split=plan.split,
@@ -177,7 +179,11 @@ class Runner:
         for _, process in self._running.values():
             process.terminate()
         for _, process in self._running.values():
-            process.wait()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self._running = {}
 
 

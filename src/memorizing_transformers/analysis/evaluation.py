@@ -19,6 +19,7 @@ from ..model import Transformer
 from ..training import checkpoints
 from ..training.callbacks.retrieval import memory_attention
 from ..training.callbacks.timing import wait_for
+from ..training.export import TOKENIZER_KEY, is_packed
 
 RECALL_EVERY = 16
 """Recall is measured at every so-manieth search of a layer."""
@@ -26,7 +27,7 @@ RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""
 
 
-def load_weights(net: Transformer, folder: Path, fresh_memory: bool) -> None:
+def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: Any = None) -> None:
     """Put a checkpoint's weights into a network, which may differ in its memory layers.
 
     Gates and biases of retrieved pairs that the network lacks are left out.
@@ -35,14 +36,19 @@ def load_weights(net: Transformer, folder: Path, fresh_memory: bool) -> None:
         net: the network.
         folder: the checkpoint.
         fresh_memory: whether gates and biases that the checkpoint lacks may keep their start.
+        tokenizer: that of the data; None not to compare it with the checkpoint's.
 
     Raises:
-        UserError: naming the weights that do not fit.
+        UserError: naming the weights that do not fit, or because the token ids mean other text.
     """
     checkpoints.open_folder(folder)
     file = folder / checkpoints.TRAINER_FILE
-    saved = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    saved = {k.removeprefix("net."): v for k, v in saved.items() if k.startswith("net.")}
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    packed = checkpoint.get(TOKENIZER_KEY)
+    if packed is not None and tokenizer is not None and not is_packed(packed, tokenizer):
+        raise UserError("from: the checkpoint has another tokenizer, so its ids mean other text")
+    weights = checkpoint["state_dict"]
+    saved = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     own = net.state_dict()
     kept = {id(parameter) for parameter in net.memory_parameters()} if fresh_memory else set()
     excused = {name for name, parameter in net.named_parameters() if id(parameter) in kept}
@@ -112,17 +118,28 @@ class Evaluation(Callback):
         self._aside = 0.0
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
-        load_weights(pl_module.net, self.checkpoint, fresh_memory=False)
+        tokenizer = trainer.datamodule.text_tokenizer
+        load_weights(pl_module.net, self.checkpoint, fresh_memory=False, tokenizer=tokenizer)
         for attention in memory_attention(pl_module.net).values():
             attention.search = MeasuredSearch(attention.search)
             self._searches.append(attention.search)
 
-    def _before(self, trainer: Any, pl_module: Any, batch: Batch, *_: Any) -> None:
+    def _before(
+        self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._aside = sum(search.aside for search in self._searches)
         wait_for(pl_module.device)
         self._began = time.perf_counter()
 
-    def _after(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
+    def _after(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         wait_for(pl_module.device)
         taken = time.perf_counter() - self._began
         self._seconds.append(taken + self._aside - sum(s.aside for s in self._searches))

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..errors import ConfigError, UserError
 from ..training.cli import MemoryCLI, read_config
@@ -128,7 +129,7 @@ class Plan:
         places *= int(cli.config["trainer"]["accumulate_grad_batches"])
         if budget.tokens < places:
             raise ConfigError("budget.tokens", budget.tokens, f"less than one step ({places})")
-        return {"trainer.max_steps": budget.tokens // places}
+        return {"trainer.max_steps": budget.tokens // places, "trainer.max_time": None}
 
 
 def arguments(settings: Mapping[str, Any]) -> list[str]:
@@ -137,8 +138,9 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in plain.items()]
 
 
-def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
-    """Every value of a variant's config, budget included, by dotted key; nothing is run.
+def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str, Any]]:
+    """A variant's model and data, built but for the network, and every value of its config, budget
+    included, by dotted key; nothing is run.
 
     Raises:
         UserError: naming the variant and what cannot work.
@@ -153,11 +155,17 @@ def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
         # The parser prints what it has to say.
         reason = said.getvalue().strip().removeprefix("error: ")
         raise UserError(f"variants.{variant.name}: {reason}") from stop
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         raise UserError(f"variants.{variant.name}: {error}") from error
     found = {key: _plain(value) for key, value in vars(cli.config.as_flat()).items()}
     # The path of the base itself is no setting.
-    return {**{k: v for k, v in found.items() if k != "config"}, **settings, **limits}
+    found.pop("config", None)
+    return cli, {**found, **settings, **limits}
+
+
+def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
+    """Every value of a variant's config, as ``build`` finds them."""
+    return build(plan, variant, seed)[1]
 
 
 def _plain(value: Any) -> Any:

@@ -123,7 +123,9 @@ class TrialProgress(Callback):
         self.runner = runner
         self._noted = 0.0
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Note the step."""
         if self.runner is not None and os.getppid() != self.runner:
             raise Orphaned("the runner is gone")
@@ -149,7 +151,8 @@ class StartFrom(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Load, in place, so that the optimiser keeps the same parameters."""
-        load_weights(pl_module.net, self.checkpoint, fresh_memory=True)
+        tokenizer = trainer.datamodule.text_tokenizer
+        load_weights(pl_module.net, self.checkpoint, fresh_memory=True, tokenizer=tokenizer)
 
 
 class TrialCLI(MemoryCLI):
@@ -213,10 +216,8 @@ def train(trial: Trial, runner: int | None = None) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in cli.model.parameters()),
     }
     folder = Path(trainer.log_dir)
-    return {
-        "checkpoint": str(folder / "checkpoints" / "last.ckpt"),
-        "figures": {**figures, **curves(folder)},
-    }
+    checkpoint = resolve_checkpoint("last", trial.path)
+    return {"checkpoint": checkpoint, "figures": {**figures, **curves(folder)}}
 
 
 def source_checkpoint(trial: Trial) -> Path:
