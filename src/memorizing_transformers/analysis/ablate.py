@@ -49,7 +49,7 @@ def make_trials(plan: Plan) -> list[Trial]:
                 folder=str(folder),
                 base=plan.base,
                 settings=settings,
-                limits=limits,
+                limits={key: value for key, value in limits.items() if value is not None},
                 train=variant.run == "train",
                 source=None if source is None else str(source),
                 split=plan.split,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import Namespace
@@ -38,7 +39,6 @@ OWNED = {
 """Keys of a config that a plan sets by itself, and what of the plan says so."""
 
 NAME = re.compile(r"[\w.+-]+")
-Fields = TypeVar("Fields")
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ class Budget:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.tokens, self.minutes) if value is not None]
-        number = len(given) == 1 and isinstance(given[0], int | float)
-        if not number or isinstance(given[0], bool) or not given[0] > 0:
-            raise ConfigError("budget", vars(self), "give tokens or minutes, one of them, above 0")
+        one = (self.tokens is None) != (self.minutes is None)
+        whole = self.tokens is None or type(self.tokens) is int
+        number = self.minutes is None or type(self.minutes) in (int, float)
+        if not (one and whole and number and (self.tokens or self.minutes or 0) > 0):
+            remedy = "give tokens (a whole number) or minutes, one of them, above 0"
+            raise ConfigError("budget", vars(self), remedy)
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,13 @@ class Plan:
         """The budget of a variant as keys of the trainer.
 
         Raises:
-            ConfigError: where it is less than one step.
+            ConfigError: where it is less than one step, or the base has a limit of its own.
         """
         budget = variant.budget or self.budget
+        trainer = cli.config["trainer"]
+        if trainer["max_time"] is not None:
+            remedy = "take it out of the base; the budget stands for it"
+            raise ConfigError("trainer.max_time", trainer["max_time"], remedy)
         if budget.tokens is None:
             assert budget.minutes is not None
             minutes, seconds = divmod(round(60 * budget.minutes), 60)
@@ -126,10 +132,10 @@ class Plan:
             days, hours = divmod(hours, 24)
             return {"trainer.max_time": f"{days:02}:{hours:02}:{minutes:02}:{seconds:02}"}
         places = cli.datamodule.batch_rows * cli.datamodule.segment_length
-        places *= int(cli.config["trainer"]["accumulate_grad_batches"])
+        places *= int(trainer["accumulate_grad_batches"])
         if budget.tokens < places:
             raise ConfigError("budget.tokens", budget.tokens, f"less than one step ({places})")
-        return {"trainer.max_steps": budget.tokens // places, "trainer.max_time": None}
+        return {"trainer.max_steps": budget.tokens // places}
 
 
 def arguments(settings: Mapping[str, Any]) -> list[str]:
@@ -147,6 +153,8 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
     """
     settings = plan.settings(variant, seed)
     said = io.StringIO()
+    # Lightning tells every seed that it sets.
+    logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stderr(said):
             cli = read_config(plan.base, arguments(settings))
@@ -157,6 +165,8 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
         raise UserError(f"variants.{variant.name}: {reason}") from stop
     except (ValueError, MisconfigurationException) as error:
         raise UserError(f"variants.{variant.name}: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     found = {key: _plain(value) for key, value in vars(cli.config.as_flat()).items()}
     # The path of the base itself is no setting.
     found.pop("config", None)
@@ -280,12 +290,12 @@ def load_plan(
         raise ConfigError("seeds", seeds, "must list different whole numbers from 0 up")
     if given.get("split", "test") not in ("test", "validation"):
         raise ConfigError("split", given["split"], "must be test or validation")
-    shared = {**given.get("overrides", {}), **(overrides or {})}
+    own = _overrides(given.get("overrides", {}), "overrides")
     return Plan(
         base=given["base"],
         variants=variants,
         budget=Budget(**_known(Budget, given.get("budget", {}), "budget")),
-        overrides=_overrides(shared, "overrides"),
+        overrides={**own, **_overrides(overrides or {}, "overrides")},
         seeds=tuple(seeds),
         split=given.get("split", "test"),
         out=out or given.get("out") or f"runs/ablations/{Path(path).stem}",
