@@ -5,6 +5,9 @@
 Recall is the share of the true neighbours, by fp32 keys, that are found; beside the mean stands the
 worst of the eight heads. ``keys.pt`` is what ``real_keys.py`` wrote; random keys without.
 
+With TRITON_INTERPRET=1 in the environment, and Triton installed, the fused kernel takes part, which
+takes minutes.
+
 A way of dealing says which bucket a slot falls into. Only the best slot of a bucket counts, so its
 recall is the share of the true neighbours that share their bucket with no better one.
 """
@@ -12,6 +15,7 @@ recall is the share of the true neighbours that share their bucket with no bette
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -73,10 +77,12 @@ def of_dealing(slots: Tensor, deal: Dealing, buckets: int, size: int) -> dict[st
     return figures(~better)
 
 
-def on_device(target: float, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
-    """The bucketed search as it runs where there is no CPU's cache to please."""
-    buckets = apart(num_buckets_for(top_k, target))
-    return BucketedSearch(target)._on_device(queries, memory, top_k, buckets)
+def on_device(
+    target: float, fused: bool, queries: Tensor, memory: Memory, top_k: int
+) -> Neighbours:
+    """The bucketed search as it runs on a GPU, by the Triton kernel or without it."""
+    buckets, search = apart(num_buckets_for(top_k, target)), BucketedSearch(target)
+    return (search._fused if fused else search._plain)(queries, memory, top_k, buckets)
 
 
 def measure(keys: Tensor, queries: Tensor, top_k: int, targets: list[float]) -> dict[str, Any]:
@@ -100,9 +106,11 @@ def measure(keys: Tensor, queries: Tensor, top_k: int, targets: list[float]) -> 
         for target in targets:
             rivals = {
                 "bucketed on a CPU": BucketedSearch(target),
-                "bucketed elsewhere": partial(on_device, target),
+                "bucketed in plain torch": partial(on_device, target, False),
                 "faiss-ivf": make_search("faiss-ivf", target),
             }
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                rivals["bucketed, fused kernel"] = partial(on_device, target, True)
             for search, run in rivals.items():
                 share = of_found(keys, asked, truth, find(run, dtype))
                 searches.append(

@@ -1,4 +1,4 @@
-"""``python -m memorizing_transformers {prepare,estimate,export}``."""
+"""``python -m memorizing_transformers {prepare,estimate,export,inspect}``."""
 
 from __future__ import annotations
 
@@ -68,10 +68,41 @@ def export(ckpt_path: str, out: str) -> None:
     print(f"model: {out}")
 
 
+def inspect(
+    ckpt_path: str,
+    document: str,
+    out: str = "report",
+    memory_sizes: str | None = None,
+    segment_length: int | None = None,
+    retrieved: int = 4,
+    device: str | None = None,
+) -> None:
+    """Show what the memory does for a text: one HTML page, and the same as JSON lines.
+
+    Reads the text with the memory switched off and with it, and keeps for every token what it
+    gained and what each head retrieved.
+
+    Example: python -m memorizing_transformers inspect --ckpt_path last.ckpt --document FILE
+
+    Args:
+        ckpt_path: a checkpoint, or a folder that export wrote.
+        document: a text file in UTF-8.
+        out: the folder to write index.html and tokens.jsonl into.
+        memory_sizes: one or two sizes of the memory, e.g. 2048,8192; the checkpoint's unless given.
+        segment_length: tokens read at once; that of the training run unless given.
+        retrieved: neighbours kept of each head and token, the heaviest first.
+        device: e.g. cpu or cuda:0; a GPU unless given, where there is one.
+    """
+    from .analysis.inspect import inspect as run
+
+    run(ckpt_path, document, out, memory_sizes, segment_length, retrieved, device)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "estimate": estimate,
     "export": export,
+    "inspect": inspect,
 }
 
 

@@ -138,3 +138,29 @@ def test_bucketed_search_uses_it_where_it_pays_and_suffices(
     for target, queries, memory in ((0.99, many, large), (0.95, few, large), (0.95, many, small)):
         BucketedSearch(target)(queries, memory, 8)
     assert len(calls) == 1
+
+
+def test_dropped_pairs_are_not_found() -> None:
+    memory = filled(400, [900, 300])
+    memory.drop(torch.tensor([150, 100]))
+    queries = torch.randn(2, 2, 30, 16)
+    found, expected = search(queries, memory, 16), reference_search(queries, memory, 16)
+    hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
+    assert memory.valid()[:, None, None].expand(-1, 2, 30, -1).gather(-1, found.slots).all()
+    assert hit.float().mean() > 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dropped", [0, 150], ids=["", "dropped"])
+def test_reads_keys_as_they_are_stored_and_none_that_were_dropped(
+    dtype: torch.dtype, dropped: int
+) -> None:
+    memory = Memory(1, 2, 500, 16, dtype)
+    # Dropped keys are the best by far; stored in int8, every key has another scale.
+    keys = torch.randn(1, 2, 700, 16) * torch.logspace(-1, 1, 700).flip(0)[:, None]
+    memory.write(keys, keys)
+    memory.drop(memory.written - 500 + dropped)
+    queries = torch.randn(1, 2, 64, 16)
+    found, expected = search(queries, memory, 8), reference_search(queries, memory, 8)
+    hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
+    assert hit.float().mean() > 0.9

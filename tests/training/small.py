@@ -19,6 +19,7 @@ from torch import Tensor
 
 from memorizing_transformers.data import DocumentDataModule
 from memorizing_transformers.data.store import TokenStore
+from memorizing_transformers.memory import Memory
 from memorizing_transformers.model import MemoryConfig, Transformer
 from memorizing_transformers.training.cli import main
 from memorizing_transformers.training.module import MemorizingLM
@@ -95,8 +96,8 @@ def make_module(kind: type[MemorizingLM] = MemorizingLM, **settings: Any) -> Mem
             memory[key] = settings.pop(key)
     optimizer = {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0}
     optimizer |= settings.pop("optimizer", {})
-    fields = {"d_model": 16, "num_layers": 2, "num_heads": 2, "staleness_every_n_steps": 0}
-    fields |= settings
+    fields = {"d_model": 16, "num_layers": 2, "num_heads": 2}
+    fields |= {"staleness_every_n_steps": 0, "inspect_every_n_steps": 0, **settings}
     torch.manual_seed(0)
     return kind(OptimizerConfig(**optimizer), memory=MemoryConfig(**memory), **fields)
 
@@ -143,6 +144,15 @@ class Scalars(DummyLogger):
             self.values.setdefault(name, {})[step] = float(value)
 
 
+def watched(texts: Path, steps: int = 20, every: int = 1, **settings: Any) -> Scalars:
+    """What a training run logs."""
+    logger = Scalars()
+    module = make_module(staleness_every_n_steps=every, **settings)
+    trainer = make_trainer(max_steps=steps, logger=logger, log_every_n_steps=1)
+    trainer.fit(module, datamodule=make_data(texts))
+    return logger
+
+
 def state(module: MemorizingLM) -> dict[str, Tensor]:
     """Copies of the weights and of everything that the training bank holds."""
     tensors = {**module.state_dict(), **module.banks["train"].tensors()}
@@ -154,6 +164,17 @@ def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def fill_memory(rows: int, size: int, written: list[int], segment: int = 4) -> Memory:
+    """A memory after ``written`` tokens a row; token p of a row has id p and step p // segment."""
+    memory = Memory(rows, 1, size, 2)
+    for start in range(0, max(written), segment):
+        mask = torch.arange(start, start + segment) < torch.tensor(written)[:, None]
+        pairs = torch.zeros(rows, 1, segment, 2)
+        ids = torch.arange(start, start + segment).expand(rows, -1)
+        memory.write(pairs, pairs, mask, ids, step=start // segment)
+    return memory
 
 
 def write_config(path: Path, texts: Path, root: Path) -> Path:
@@ -184,6 +205,7 @@ def write_config(path: Path, texts: Path, root: Path) -> Path:
                     "num_layers": 2,
                     "num_heads": 2,
                     "staleness_every_n_steps": 8,
+                    "inspect_every_n_steps": 8,
                     "memory": {"size": 32, "top_k": 4, "layers": [-1]},
                     "optimizer": {"lr": 1e-2, "warmup_steps": 4},
                 },

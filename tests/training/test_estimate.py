@@ -25,7 +25,7 @@ def test_counts_what_the_model_has(shape: dict[str, object]) -> None:
     cost = estimate(config, rows=2, segment=8)
     assert cost.parameters == sum(weight.numel() for weight in model.parameters())
     bank = model.new_memory(2)
-    counters = ("written", "origin", "bound")
+    counters = ("written", "origin", "oldest", "bound")
     tensors = [m.tensors() for m in bank.memories.values()]
     assert cost.memory_bytes == sum(
         x.nbytes for named in tensors for name, x in named.items() if name not in counters

@@ -94,6 +94,12 @@ def test_final_report_agrees_with_one_rank(runs: tuple[Path, Path, Path]) -> Non
         }
 
 
+def test_the_gain_is_over_the_documents_of_all_ranks(runs: tuple[Path, Path, Path]) -> None:
+    one, two = (scalars(run)["memory/gain_bits_per_token"] for run in runs[1:])
+    assert two == {step: pytest.approx(gain, abs=1e-4) for step, gain in one.items()}
+    assert len([*runs[2].glob("events*")]) == 1  # rank 0's
+
+
 def test_each_rank_keeps_the_memory_of_its_own_rows(runs: tuple[Path, Path, Path]) -> None:
     (whole,) = memory_of(runs[1] / "checkpoints" / "step=16.ckpt")
     first, second = memory_of(runs[2] / "checkpoints" / "step=16.ckpt")
@@ -219,8 +225,11 @@ def test_sharded_ranks_agree_with_one_whatever_their_documents(
         torch.load(run / "checkpoints" / "step=8.ckpt" / "trainer.ckpt", weights_only=True)
         for run in (one, two)
     ]
-    for name, tensor in saved[0]["state_dict"].items():
-        assert torch.allclose(tensor, saved[1]["state_dict"][name], atol=1e-3), name
+    one_state, two_state = (checkpoint["state_dict"] for checkpoint in saved)
+    assert one_state.keys() == two_state.keys()
+    for name, tensor in one_state.items():
+        # Where a gradient is rounding alone, Adam moves a weight by a whole step either way.
+        assert (tensor - two_state[name]).abs().median() < 1e-4, name
     assert_losses_agree(go_on(two, 8, 1, config, tmp_path / "one"), one)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -55,6 +56,8 @@ class SegmentLoader:
         self._delivered = 0
         """Batches handed out since the stream began."""
         self._loaded = False
+        self.seconds = 0.0
+        """Time spent on making batches."""
 
     def __len__(self) -> int:
         """Steps of the plan's epoch, before any limit of the trainer's."""
@@ -72,7 +75,10 @@ class SegmentLoader:
             epoch, step = self.epoch, self.step
             # Counted before it is handed out: a checkpoint made with this batch asks for the next.
             self._delivered += 1
-            yield self.batch(epoch, step)
+            began = time.perf_counter()
+            batch = self.batch(epoch, step)
+            self.seconds += time.perf_counter() - began
+            yield batch
 
     @property
     def epoch(self) -> int:

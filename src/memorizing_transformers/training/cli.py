@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -19,6 +17,7 @@ from ..data.datamodule import DocumentDataModule
 from ..errors import ConfigError, UserError
 from ..parsing import OneLineParser, configs_first, one_line
 from .callbacks import PredictionWriter
+from .logger import RunLogger, flat_settings
 from .module import MemorizingLM
 from .quiet import hush
 from .report import final_report
@@ -31,12 +30,18 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config beside a training run; other commands leave it alone."""
+    """Saves the resolved config beside a training run and tells its loggers the settings; other
+    commands leave both alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's folder."""
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the settings to the loggers; rank 0 only."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(flat_settings(vars(self.config.as_flat())))
 
 
 def root_folder(trainer: Any) -> Path:
@@ -124,16 +129,13 @@ class MemoryCLI(LightningCLI):
             )
         if self.subcommand and config["trainer"]["logger"] in (None, True):
             folder = run_folder(root, self.subcommand, config.get("ckpt_path"))
-            kwargs["logger"] = TensorBoardLogger(folder.parent, name="", version=folder.name)
+            kwargs["logger"] = RunLogger(folder.parent, name="", version=folder.name)
         try:
-            trainer: Any = super().instantiate_trainer(**kwargs)
+            return super().instantiate_trainer(**kwargs)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
-        if trainer.loggers:
-            trainer.callbacks.insert(0, LearningRateMonitor("step"))
-        return cast(Trainer, trainer)
 
     trainer: Any
 

@@ -22,10 +22,21 @@ from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
-from .callbacks import MemoryClearing, StalenessControl, StalenessLogging, Throughput
+from .callbacks import (
+    LossByPosition,
+    MemoryClearing,
+    RetrievalHistograms,
+    RetrievalLogging,
+    RetrievalSamples,
+    StalenessControl,
+    StalenessLogging,
+    StepTiming,
+    Throughput,
+)
 from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
 from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .metrics import language_model_metrics
+from .neighbours import best_neighbour
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 from .resume import check_resumable, restore_rank, resume_facts
 from .sharded import shard
@@ -46,7 +57,10 @@ class MemorizingLM(LightningModule):
         optimizer: optimiser and schedule.
         save_memory: keep the memory of every row in checkpoints; without it a resumed run goes on
             with empty memory.
-        staleness_every_n_steps: training steps between two measurements of staleness; 0 for never.
+        staleness_every_n_steps: training steps between two measurements of memory/*, staleness/*
+            and time/*; 0 for never.
+        inspect_every_n_steps: training steps between two histograms and sample retrievals in
+            TensorBoard; 0 for never, and then validation draws no loss by position either.
         settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
     """
 
@@ -55,6 +69,7 @@ class MemorizingLM(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (never changed)
         save_memory: bool = True,
         staleness_every_n_steps: int = 50,
+        inspect_every_n_steps: int = 500,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -65,6 +80,7 @@ class MemorizingLM(LightningModule):
         self.save_memory = save_memory
         self._resume: dict[str, Any] | None = None
         self.staleness_every_n_steps = staleness_every_n_steps
+        self.inspect_every_n_steps = inspect_every_n_steps
         self.net: Transformer | None = None
         self.banks: dict[str, MemoryBank] = {}
         """By stage (train, validate, test, predict): the memory of this rank's rows."""
@@ -74,12 +90,18 @@ class MemorizingLM(LightningModule):
         self.test_metrics = language_model_metrics("test/")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Clearing, staleness and throughput come with the module, unless the trainer has them."""
+        """Clearing and logging come with the module, unless the trainer has them."""
         # In the order that they act before a step: throughput counts what a refresh costs.
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
+        often, seldom = self.staleness_every_n_steps, self.inspect_every_n_steps
         wanted = [
             MemoryClearing(),
-            StalenessLogging(self.staleness_every_n_steps),
+            RetrievalLogging(often),
+            StalenessLogging(often),
+            StepTiming(often),
+            RetrievalHistograms(seldom),
+            RetrievalSamples(seldom),
+            *([LossByPosition()] if seldom else []),
             Throughput(),
             StalenessControl(),
         ]
@@ -205,25 +227,29 @@ class MemorizingLM(LightningModule):
         self.measure(self.train_metrics, batch, output, nll)
         for name, value in self.train_metrics.compute().items():
             self.log(name, value, prog_bar=name in ("train/loss", "train/perplexity"))
+        self.log("trainer/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
 
-    def _evaluate(self, stage: str, batch: Batch, metrics: MetricCollection) -> None:
+    def _evaluate(self, stage: str, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
         output, nll = self.read(stage, batch)
         self.commit(stage, batch, output)
         self.measure(metrics, batch, output, nll)
         for name, metric in metrics.items():
             self.log(name, metric, on_epoch=True, prog_bar=name.endswith("perplexity"))
+        return {"nll": nll}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Read, commit to the validation bank, measure."""
-        self._evaluate("validate", batch, self.val_metrics)
+        return self._evaluate("validate", batch, self.val_metrics)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Read, commit to the test bank, measure."""
-        self._evaluate("test", batch, self.test_metrics)
+        return self._evaluate("test", batch, self.test_metrics)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Per-token losses and hits of a segment, with the ids that place them."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Per-token losses, hits and best neighbours of a segment, with the ids that place them."""
         output, nll = self.read("predict", batch)
+        memories = self.banks["predict"].memories
+        best = {layer: best_neighbour(memories[layer], r) for layer, r in output.retrievals.items()}
         self.commit("predict", batch, output)
         return {
             "document": batch.document,
@@ -231,6 +257,8 @@ class MemorizingLM(LightningModule):
             "target": batch.targets,
             "loss": nll,
             "correct": output.logits.argmax(-1) == batch.targets,
+            "num_bytes": batch.num_bytes,
+            "best": best,
         }
 
     @property

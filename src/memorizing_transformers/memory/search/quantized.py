@@ -188,9 +188,9 @@ def quantized_search(queries: Tensor, memory: Memory, top_k: int, score_bytes: i
         valid[row, ..., :found] = True
         for head in range(groups if used else 0):
             search = _Head(memory.keys_at((row, head, held)), found)
-            chunk = min(QUERIES, score_bytes // (4 * (search.buckets + BLOCK)))
-            for start in range(0, count, max(1, chunk)):
-                part = slice(start, start + max(1, chunk))
+            chunk = max(1, min(QUERIES, score_bytes // (4 * (search.buckets + BLOCK))))
+            for start in range(0, count, chunk):
+                part = slice(start, start + chunk)
                 chosen = search(queries[row, head, part].float())
                 chosen = chosen if isinstance(held, slice) else held[chosen]
                 slots[row, head, part, :found] = chosen

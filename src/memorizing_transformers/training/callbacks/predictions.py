@@ -1,47 +1,139 @@
-"""Per-token predictions as a Parquet file."""
+"""Per-token predictions and per-document figures as Parquet files."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from ...data.batch import IGNORE_INDEX
 
-SCHEMA = pa.schema(
-    [
-        ("document", pa.string()),
-        ("position", pa.int64()),
-        ("token", pa.list_(pa.int32())),
-        ("loss", pa.list_(pa.float32())),
-        ("correct", pa.list_(pa.bool_())),
-    ]
-)
+TOKENS = {
+    "document": pa.string(),
+    "position": pa.int64(),
+    "token": pa.list_(pa.int32()),
+    "loss": pa.list_(pa.float32()),
+    "correct": pa.list_(pa.bool_()),
+}
+NEIGHBOURS = {
+    "share": pa.list_(pa.float32()),
+    "head": pa.list_(pa.int32()),
+    "neighbour": pa.list_(pa.int64()),
+    "distance": pa.list_(pa.int64()),
+    "weight": pa.list_(pa.float32()),
+}
+"""For each memory layer, as ``layer2_share`` and so on: fields of ``BestNeighbour``."""
+DOCUMENTS = {
+    "document": pa.string(),
+    "tokens": pa.int64(),
+    "loss": pa.float64(),
+    "perplexity": pa.float64(),
+    "bits_per_byte": pa.float64(),
+    "accuracy": pa.float64(),
+}
+
+
+def part_of(path: Path, rank: int) -> Path:
+    """The file that a rank writes: rank r > 0 writes ``stem.rank-r.parquet`` beside rank 0's."""
+    return path.with_suffix(f".rank-{rank}.parquet") if rank else path
+
+
+class PartFile:
+    """A Parquet file that has its name only once it is whole.
+
+    Args:
+        path: the file; its folder is made.
+        columns: names and types.
+    """
+
+    def __init__(self, path: Path, columns: dict[str, pa.DataType]) -> None:
+        self.path = path
+        self.schema = pa.schema(columns)
+        self._draft = path.with_name(f".{path.name}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self._draft, self.schema)
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Append records."""
+        if records:
+            self._writer.write_table(pa.Table.from_pylist(records, schema=self.schema))
+
+    def finish(self) -> None:
+        """Close the file and give it its name."""
+        self._writer.close()
+        self._draft.rename(self.path)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._writer.close()
+        self._draft.unlink(missing_ok=True)
+
+
+class DocumentSums:
+    """What a document's tokens add up to."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+
+    def add(self, record: dict[str, Any], num_bytes: float) -> None:
+        """Add one segment's record."""
+        self.sums["tokens"] += len(record["loss"])
+        self.sums["bytes"] += num_bytes
+        for name, values in record.items():
+            if name in ("loss", "correct") or name.endswith("_share"):
+                self.sums[name] += math.fsum(values)
+
+    def record(self) -> dict[str, Any]:
+        """The document's figures, by the names of the columns."""
+        sums, tokens = self.sums, self.sums["tokens"]
+        loss = sums["loss"] / tokens
+        shares = {name: sums[name] / tokens for name in sums if name.endswith("_share")}
+        return {
+            "tokens": int(tokens),
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "bits_per_byte": sums["loss"] / math.log(2) / sums["bytes"],
+            "accuracy": sums["correct"] / tokens,
+            **shares,
+        }
 
 
 class PredictionWriter(Callback):
-    """Writes one record a segment: its document, the offset of its first predicted token, and for
-    every predicted token its id, its loss in nats and whether it was the most likely one.
+    """Writes one record a segment into one file and one record a document into another.
+
+    A segment's record holds its document, the offset of its first predicted token, and lists with
+    an entry for every predicted token: its id, its loss in nats, whether it was the most likely
+    one, and for each memory layer what the token before it, which predicts it, took most from
+    (``BestNeighbour``). Documents stay on one rank, so each has one record.
 
     Args:
-        path: the file; rank r > 0 writes ``stem.rank-r.parquet`` beside it.
+        path: the file of segments; that of documents is ``documents.parquet`` beside it. Each rank
+            writes its own part of both.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._draft = path
-        self._writer: pq.ParquetWriter | None = None
+        self._layers: list[int] = []
+        self._documents: dict[int, DocumentSums] = {}
+        self._file: PartFile | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file."""
-        if trainer.global_rank:
-            self.path = self.path.with_suffix(f".rank-{trainer.global_rank}.parquet")
-        self._draft = self.path.with_name(f".{self.path.name}.partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._draft, SCHEMA)
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the file of segments."""
+        config = pl_module.config
+        self._layers = list(config.memory_layers) if config.memory.size else []
+        self._documents = {}
+        columns = {
+            f"layer{layer}_{name}": kind
+            for layer in self._layers
+            for name, kind in NEIGHBOURS.items()
+        }
+        self._file = PartFile(part_of(self.path, trainer.global_rank), {**TOKENS, **columns})
 
     def on_predict_batch_end(
         self,
@@ -53,39 +145,57 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Append a batch's rows, without padding and idle rows."""
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        names = getattr(datamodule, f"{datamodule.predict_split}_store").names
+        lists: dict[str, Tensor] = {
+            "token": outputs["target"],
+            "loss": outputs["loss"],
+            "correct": outputs["correct"],
+        }
+        for layer in self._layers:
+            best = outputs["best"][layer]
+            lists |= {f"layer{layer}_{name}": getattr(best, name) for name in NEIGHBOURS}
+        lists = {name: tensor.cpu() for name, tensor in lists.items()}
+        names = self._names(trainer)
         records = []
         for row, document in enumerate(outputs["document"].tolist()):
-            counted = outputs["target"][row] != IGNORE_INDEX
+            counted = lists["token"][row] != IGNORE_INDEX
             if document < 0 or not counted.any():
                 continue
-            records.append(
-                {
-                    "document": names[document],
-                    "position": int(outputs["position"][row]) + 1,
-                    "token": outputs["target"][row][counted].tolist(),
-                    "loss": outputs["loss"][row][counted].tolist(),
-                    "correct": outputs["correct"][row][counted].tolist(),
-                }
-            )
-        assert self._writer is not None
-        if records:
-            self._writer.write_table(pa.Table.from_pylist(records, schema=SCHEMA))
+            record = {
+                "document": names[document],
+                "position": int(outputs["position"][row]) + 1,
+                **{name: tensor[row][counted].tolist() for name, tensor in lists.items()},
+            }
+            sums = self._documents.setdefault(document, DocumentSums())
+            sums.add(record, float(outputs["num_bytes"][row]))
+            records.append(record)
+        assert self._file is not None
+        self._file.write(records)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file and give it its name."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._draft.rename(self.path)
-            print(f"predictions: {self.path}")
+        """Finish the file of segments and write that of documents."""
+        assert self._file is not None
+        self._file.finish()
+        print(f"predictions: {self._file.path}")
+        self._file = None
+        shares = {f"layer{layer}_share": pa.float64() for layer in self._layers}
+        path = part_of(self.path.with_name("documents.parquet"), trainer.global_rank)
+        documents, names = PartFile(path, {**DOCUMENTS, **shares}), self._names(trainer)
+        documents.write(
+            [{"document": names[i], **sums.record()} for i, sums in self._documents.items()]
+        )
+        documents.finish()
+        print(f"documents: {path}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave no half of a file behind."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._draft.unlink()
+        if self._file is not None:
+            self._file.discard()
+            self._file = None
+
+    @staticmethod
+    def _names(trainer: Trainer) -> list[str]:
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        names: list[str] = getattr(datamodule, f"{datamodule.predict_split}_store").names
+        return names

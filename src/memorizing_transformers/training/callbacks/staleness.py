@@ -1,30 +1,15 @@
-"""How old the memory is, how far its keys have drifted, how the heads use it."""
+"""How old the memory is, and how far its keys have drifted."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ...data.batch import Batch
 from ...memory import Memory, MemoryBank
-from ...model import ModelOutput, Retrieval, Transformer
-from ...model.attention import MemoryLayerAttention
-from ..sharded import is_sharded, whole
-
-
-def retrieved_age(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Tensor, Tensor]:
-    """Mean age of retrieved pairs, in training steps and in tokens, each neighbour alike.
-
-    Must run before the segment is committed, while the slots still hold what was retrieved.
-    """
-    row = torch.arange(retrieval.slots.shape[0], device=retrieval.slots.device)
-    row = row[:, None, None, None].expand_as(retrieval.slots)[retrieval.valid]
-    slots = retrieval.slots[retrieval.valid]
-    steps = step - memory.steps[row, slots].double()
-    return steps.mean(), (memory.age()[row, slots].double() + 1).mean()
+from ...model import ModelOutput, Transformer
+from ..sharded import is_sharded
+from .observing import Observer, log_scalars
 
 
 def sample_window(memory: Memory, segment: int) -> tuple[int, Tensor] | None:
@@ -41,7 +26,7 @@ def sample_window(memory: Memory, segment: int) -> tuple[int, Tensor] | None:
     if first + segment > written:
         return None
     positions = torch.arange(first, first + segment, device=memory.written.device)
-    return row, positions % memory.size
+    return row, (positions - memory.origin[row]) % memory.size
 
 
 @torch.no_grad()
@@ -76,57 +61,33 @@ def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> d
     }
 
 
-class StalenessLogging(Callback):
-    """Logs ``memory/*``: fill, share of the output, gates, ages and the drift of stored keys.
+class StalenessLogging(Observer):
+    """Logs ``staleness/*`` and the age of what is stored.
 
     Args:
         every_n_steps: training steps between two measurements; 0 for never.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        self.every_n_steps = every_n_steps
-        self._scalars: dict[str, float] = {}
-        self._step = -1
-        """The training step that the scalars were measured in."""
-        self._module: Any = None
+        super().__init__(every_n_steps)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Observe between read and commit."""
-        self._module, self._step = pl_module, -1
-        if self.every_n_steps > 0 and self._observe not in self._module.readers:
-            self._module.readers.append(self._observe)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop observing."""
-        if self._observe in self._module.readers:
-            self._module.readers.remove(self._observe)
-
-    @torch.no_grad()
-    def _observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput) -> None:
-        step = self._module.global_step
-        # With gradient accumulation a step has several batches; its first one is measured.
-        if step % self.every_n_steps or step == self._step:
-            return
-        self._step = step
-        for layer, retrieval in output.retrievals.items():
-            memory = bank.memories[layer]
-            name = f"layer{layer}"
-            self._scalars[f"memory/fill/{name}"] = (memory.fill / memory.size).mean().item()
-            self._scalars[f"memory/share/{name}"] = retrieval.share.mean().item()
+    def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
+        """Log the scalars of this step."""
+        scalars = {}
+        for layer in output.retrievals:
+            memory, name = bank.memories[layer], f"layer{layer}"
             valid = memory.valid()
             if not valid.any():
                 continue
             stored = (step - memory.steps[valid].double()).mean()
-            self._scalars[f"memory/stored_age_steps/{name}"] = stored.item()
-            if retrieval.valid.any():
-                steps, tokens = retrieved_age(memory, retrieval, step)
-                self._scalars[f"memory/retrieved_age_steps/{name}"] = steps.item()
-                self._scalars[f"memory/retrieved_age_tokens/{name}"] = tokens.item()
+            scalars[f"memory/stored_age_steps/{name}"] = stored.item()
             drift = self._drift(bank, layer, batch.input_ids.shape[1])
             if drift:
                 drift["sample_age_steps"] = step - drift.pop("sample_step")
             for key, value in drift.items():
-                self._scalars[f"staleness/{key}/{name}"] = value
+                scalars[f"staleness/{key}/{name}"] = value
+        if scalars:
+            log_scalars(self._trainer, scalars, step)
 
     def _drift(self, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
         net = self._module.net
@@ -139,27 +100,3 @@ class StalenessLogging(Callback):
         finally:
             for module, mode in modes:
                 module.training = mode
-
-    def _gates(self, net: Transformer) -> dict[str, float]:
-        gates = {}
-        for index, layer in enumerate(net.layers):
-            gate = getattr(layer.attention, "gate", None)
-            if isinstance(layer.attention, MemoryLayerAttention) and isinstance(gate, Tensor):
-                for head, value in enumerate(torch.sigmoid(whole(gate.detach()).float()).tolist()):
-                    gates[f"memory/gate/layer{index}_head{head}"] = value
-        return gates
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        """Log what the step's reader saw."""
-        if self._scalars and trainer.loggers:
-            scalars = {**self._scalars, **self._gates(self._module.net)}
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=self._step)
-        self._scalars = {}

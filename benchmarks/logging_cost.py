@@ -1,0 +1,129 @@
+"""What logging costs a training step: the same run with it and without it, taking turns.
+
+    python benchmarks/logging_cost.py --config configs/quickstart.yaml
+
+Logging at its defaults is rare, so its cost drowns in the noise of the steps between. The runs with
+logging therefore log ``--more`` times as often, and their extra time is divided by as much.
+Validation is left out of the steps; what its figure costs is measured apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+from lightning.pytorch import Callback
+from measure import circumstances
+
+from memorizing_transformers.training.callbacks import LossByPosition
+from memorizing_transformers.training.cli import MemoryCLI
+from memorizing_transformers.training.logger import RunLogger
+from memorizing_transformers.training.quiet import hush
+
+
+class Clock(Callback):
+    """Wall time from the first counted step to the end."""
+
+    def __init__(self, skipped: int) -> None:
+        self.skipped = skipped
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Start after the warm-up."""
+        if batch_idx == self.skipped:
+            self.seconds = -time.perf_counter()
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter()
+
+
+def build(args: argparse.Namespace, folder: str, more: float) -> tuple[MemoryCLI, Clock]:
+    """A run that logs ``more`` times as often as by default, or with 0 not at all."""
+    steps = args.steps + args.warm_up
+    options = {
+        "max_steps": steps,
+        "limit_val_batches": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "callbacks": "null",
+        "default_root_dir": folder,
+    }
+    given = [f"--trainer.{key}={value}" for key, value in options.items()]
+    with patch("sys.argv", sys.argv[:1]):
+        cli = MemoryCLI(run=False, args=["--config", args.config, *given])
+    module, trainer, clock = cli.model, cli.trainer, Clock(args.warm_up)
+    trainer.loggers = [RunLogger(folder)] if more else []
+    for name in ("staleness_every_n_steps", "inspect_every_n_steps"):
+        every = getattr(module, name)
+        setattr(module, name, max(1, round(every / more)) if more else 0)
+    trainer.log_every_n_steps = max(1, round(trainer.log_every_n_steps / more)) if more else 0
+    trainer.callbacks.append(clock)
+    return cli, clock
+
+
+def one_run(args: argparse.Namespace, more: float) -> tuple[float, MemoryCLI]:
+    """Seconds a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        cli, clock = build(args, folder, more)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return clock.seconds / args.steps, cli
+
+
+def validation(cli: MemoryCLI, tokens: int) -> float:
+    """Seconds of one validation, drawing the figure of so many tokens."""
+    trainer, begun = cli.trainer, time.perf_counter()
+    (figure,) = (c for c in trainer.callbacks if isinstance(c, LossByPosition))
+    figure.tokens = tokens
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.loggers = [RunLogger(folder)]
+        trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--steps", type=int, default=100, help="counted steps of a run")
+    parser.add_argument("--warm_up", type=int, default=20, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=4, help="runs with and without logging")
+    parser.add_argument("--more", type=float, default=10, help="how many times as often to log")
+    args = parser.parse_args()
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    hush()
+    print(circumstances())
+    off, on = [], []
+    for number in range(args.rounds):
+        for more in (0, args.more) if number % 2 else (args.more, 0):
+            seconds, cli = one_run(args, more)
+            (on if more else off).append(seconds)
+            print(f"round {number}, logging x {more:g}: {1000 * seconds:.2f} ms a step", flush=True)
+            if more:
+                last = cli
+    extra = [(with_ - without) / args.more for with_, without in zip(on, off, strict=True)]
+    step = median(off)
+    print(f"a step without logging: {1000 * step:.2f} ms")
+    shares = sorted(100 * e / step for e in extra)
+    print(
+        f"logging by default: {median(shares):.2f} % (rounds: {shares[0]:.2f} to {shares[-1]:.2f})"
+    )
+    last.trainer.limit_val_batches = 1.0
+    validation(last, 0)
+    without, with_ = (
+        min(validation(last, tokens) for _ in range(2)) for tokens in (0, LossByPosition().tokens)
+    )
+    print(f"a validation: {without:.2f} s, with loss by position {with_:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
