@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..memory import Memory, MemoryAttention, Pairs, Search, XLCache, attend
 from .bias import LocalBias, MemoryBias
+from .compiled import dense
 from .config import ModelConfig
 from .local import local_attention
 
@@ -49,6 +50,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.compile_dense = config.compile
         self.num_heads = config.num_heads
         self.num_kv_heads = config.kv_heads
         self.head_dim = config.head_width
@@ -62,6 +64,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.scale = nn.Parameter(torch.full((self.num_heads,), config.qk_scale_init))
 
+    @dense
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, D), scaled, and keys and values (B, G, N, D) of hidden states x."""
         q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -97,6 +100,7 @@ class Attention(nn.Module):
             return output, mass if mass is None else mass + far[:, None]
         return self.fused(q, k, v, seen), None
 
+    @dense
     def fused(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """What ``local_attention`` does, by the device's own kernel.
 

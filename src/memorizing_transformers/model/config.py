@@ -34,6 +34,8 @@ class MemoryConfig:
             faiss (on the host, for very large memories: faiss-ivf, faiss-hnsw or faiss-flat) or
             reference (slow and obvious).
         recall_target: expected share of the true neighbours that an approximate search returns.
+        search_bytes: bytes of scores that exact and bucketed hold at once, beside the keys of one
+            head; None for what suits the device, 32 MiB on a CPU and 64 MiB elsewhere.
         combine: how memory and local attention are joined: gate (a learned number per head), fixed
             (fixed_value for all), content (computed from the token's hidden state), joint (one
             softmax over neighbours and local keys).
@@ -67,6 +69,7 @@ class MemoryConfig:
         "reference",
     ] = "exact"
     recall_target: float = 0.95
+    search_bytes: int | None = None
     combine: Literal["gate", "fixed", "content", "joint"] = "gate"
     fixed_value: float = 0.5
     gate_init: float = 0.5
@@ -83,6 +86,7 @@ class MemoryConfig:
         "top_k",
         "search",
         "recall_target",
+        "search_bytes",
         "dtype",
         "fixed_value",
         "gate_init",
@@ -110,6 +114,8 @@ class MemoryConfig:
         if not 0 < self.recall_target < 1:
             remedy = "must lie between 0 and 1; search=exact finds all"
             raise ConfigError(prefix + "recall_target", self.recall_target, remedy)
+        if self.search_bytes is not None:
+            _at_least(prefix + "search_bytes", self.search_bytes, 1)
         if not 0 <= self.fixed_value <= 1:
             raise ConfigError(prefix + "fixed_value", self.fixed_value, "must lie in [0, 1]")
         if not 0 < self.gate_init < 1:
@@ -146,6 +152,9 @@ class ModelConfig:
             three quarters of the way up; 0 starts all biases at zero. Heads that look at fixed
             distances from the start let a small model learn sooner to follow repetitions.
         activation_checkpointing: recompute layers in the backward pass; retrieval is not repeated.
+        compile: compile projections and feed-forward layers with torch.compile, and local attention
+            on a GPU; search and memory stay as they are. Costs a minute or less at the start, and
+            on a CPU needs a C++ compiler. A run-time choice.
         memory: the external memory.
     """
 
@@ -164,12 +173,14 @@ class ModelConfig:
     relative_max_distance: int = 128
     relative_init: float = 0.0
     activation_checkpointing: bool = False
+    compile: bool = False
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     RUNTIME = (
         "xl_cache",
         "dropout",
         "activation_checkpointing",
+        "compile",
         "qk_scale_init",
         "relative_init",
         "memory",

@@ -53,10 +53,12 @@ class AutoSearch:
 
     Args:
         recall_target: expected share of the true neighbours, for approximate searches.
+        score_bytes: bytes of scores that may live at once; None for what suits the device.
     """
 
-    def __init__(self, recall_target: float = 0.95) -> None:
+    def __init__(self, recall_target: float = 0.95, score_bytes: int | None = None) -> None:
         self.recall_target = recall_target
+        self.score_bytes = score_bytes
         self.choice: Choice | None = None
         self._search: Search | None = None
 
@@ -64,6 +66,6 @@ class AutoSearch:
         if self._search is None:
             batch, groups, size, _ = memory.keys.shape
             self.choice = choose_search(memory.keys.device.type, size, batch, groups)
-            self._search = make_search(self.choice.name, self.recall_target)
+            self._search = make_search(self.choice.name, self.recall_target, self.score_bytes)
             logger.info("memory search: %s (%s)", *self.choice)
         return self._search(queries, memory, top_k)

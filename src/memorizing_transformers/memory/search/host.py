@@ -96,6 +96,7 @@ class HostScan:
                     chosen = self._search(own, keys.split(span), found, members, scratch)
                     chosen = chosen if isinstance(held, slice) else held[chosen]
                     slots[row, head, part, :found] = chosen
+                del keys  # before the next head's are made
         return Neighbours(slots, valid)
 
     def _search(

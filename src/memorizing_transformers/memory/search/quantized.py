@@ -194,4 +194,5 @@ def quantized_search(queries: Tensor, memory: Memory, top_k: int, score_bytes: i
                 chosen = search(queries[row, head, part].float())
                 chosen = chosen if isinstance(held, slice) else held[chosen]
                 slots[row, head, part, :found] = chosen
+            del search  # before the next head's keys are made
     return Neighbours(slots, valid)
