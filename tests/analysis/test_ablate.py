@@ -173,7 +173,7 @@ def test_a_budget_of_minutes_saves_its_end(base: Path, tmp_path: Path) -> None:
         budget={"minutes": 0.05},
     )
     out = ablate.run_plan(load_plan(plan), jobs=0)
-    assert 0 < float(rows(out / "table.csv")["base"]["perplexity_std"])
+    assert float(rows(out / "table.csv")["base"]["perplexity_std"]) > 0
     for found in out.glob("base/*/result.json"):
         assert 1 < json.loads(found.read_text())["train_seconds"] < 6
     assert len(list(out.glob("*/*/result.json"))) == 4
