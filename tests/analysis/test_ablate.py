@@ -97,6 +97,14 @@ def test_evaluation_sees_the_same_tokens_and_training_the_same_budget(whole: Pat
     assert steps == {"base": 24, "no-memory": 24, "larger": None, "retrofit": 8}
 
 
+def test_variants_begin_with_the_weights_that_they_name(whole: Path) -> None:
+    loss = {name: found["loss"] for name, found in results(whole).items()}
+    # Eight steps alone would leave it far behind.
+    assert loss["retrofit"] < loss["no-memory"] + 0.05
+    assert loss["larger"] != loss["base"]
+    assert loss["larger"] == pytest.approx(loss["base"], abs=0.1)
+
+
 def test_a_variant_that_fails_is_reported_and_the_others_go_on(whole: Path) -> None:
     row = rows(whole / "table.csv")["broken"]
     assert "attention.scale" in row["failures"]
