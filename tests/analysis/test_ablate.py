@@ -38,7 +38,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def write_plan(path: Path, base: Path, out: Path, **changes: Any) -> Path:
+def write_plan(path: Path, base: Path, out: Path, /, **changes: Any) -> Path:
     plan = {
         "base": str(base),
         "budget": {"tokens": 24 * 64},
@@ -95,6 +95,14 @@ def test_evaluation_sees_the_same_tokens_and_training_the_same_budget(whole: Pat
     assert all(mark == marks[0] for mark in marks)
     steps = {name: found.get("train_steps") for name, found in results(whole).items()}
     assert steps == {"base": 24, "no-memory": 24, "larger": None, "retrofit": 8}
+
+
+def test_variants_begin_with_the_weights_that_they_name(whole: Path) -> None:
+    loss = {name: found["loss"] for name, found in results(whole).items()}
+    # Eight steps alone would leave it far behind.
+    assert loss["retrofit"] < loss["no-memory"] + 0.05
+    assert loss["larger"] != loss["base"]
+    assert loss["larger"] == pytest.approx(loss["base"], abs=0.1)
 
 
 def test_a_variant_that_fails_is_reported_and_the_others_go_on(whole: Path) -> None:
@@ -158,6 +166,28 @@ def test_a_killed_plan_continues_to_the_same_figures(
             assert ours[name].get(key) == theirs[name].get(key), (name, key)
 
 
+@pytest.mark.slow
+def test_a_budget_of_minutes_saves_its_end(base: Path, tmp_path: Path) -> None:
+    """And two seeds are two runs with a spread."""
+    config = yaml.safe_load(base.read_text())
+    config["trainer"] |= {"max_steps": 1_000_000, "val_check_interval": 1_000_000}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    plan = write_plan(
+        tmp_path / "plan.yaml",
+        tmp_path / "base.yaml",
+        tmp_path / "out",
+        variants=[VARIANTS[1]],
+        seeds=[0, 1],
+        budget={"minutes": 0.05},
+    )
+    out = ablate.run_plan(load_plan(plan), jobs=0)
+    assert float(rows(out / "table.csv")["base"]["perplexity_std"]) > 0
+    for found in out.glob("base/*/result.json"):
+        assert 1 < json.loads(found.read_text())["train_seconds"] < 6
+    assert len(list(out.glob("*/*/result.json"))) == 4
+
+
+@pytest.mark.slow
 def test_variants_run_side_by_side(base: Path, tmp_path: Path) -> None:
     """Each in a process; what would start from a failed variant fails with it."""
     out = tmp_path / "out"

@@ -26,7 +26,7 @@ def variant(**fields: Any) -> dict[str, Any]:
     return {"variants": [{"name": "x", **fields}]}
 
 
-def write(path: Path, base: Path, **changes: Any) -> Path:
+def write(path: Path, base: Path, /, **changes: Any) -> Path:
     path.write_text(yaml.safe_dump({"base": str(base), **GOOD, **changes}))
     return path
 

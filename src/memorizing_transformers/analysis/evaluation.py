@@ -55,7 +55,11 @@ def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: 
     surplus = [n for n in saved if n not in own and not {"gate", "memory_bias"} & {*n.split(".")}]
     lacking = [name for name in own if name not in saved and name not in excused]
     misfit = [n for n in own if n in saved and saved[n].shape != own[n].shape]
-    for what, names in (("lacks", lacking), ("adds", surplus), ("shapes otherwise", misfit)):
+    for what, names in (
+        ("lacks", lacking),
+        ("has besides", surplus),
+        ("has another shape of", misfit),
+    ):
         if names:
             remedy = "let the variant train from the start"
             raise UserError(f"from: the checkpoint {what} {', '.join(names[:3])}; {remedy}")
