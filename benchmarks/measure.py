@@ -83,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         cells = [
-            "–" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+            "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
             for x in row.values()
         ]
         lines.append("| " + " | ".join(cells) + " |")
