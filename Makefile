@@ -42,8 +42,9 @@ format: .venv/.dev ## Mend style and format
 type: .venv/.dev ## Check types
 	$(BIN)/mypy
 
-bench: .venv/.dev ## Measure the searches (minutes)
+bench: .venv/.dev ## Measure the searches and whole training steps (half an hour)
 	$(BIN)/python benchmarks/search.py --out runs/bench
+	$(BIN)/python benchmarks/step.py --out runs/bench
 
 torture: .venv/.dev ## Kill 50 runs at random moments, resume each, compare bit by bit (minutes)
 	$(BIN)/python benchmarks/torture.py

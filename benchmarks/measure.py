@@ -9,31 +9,47 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Name = TypeVar("Name")
+
 
 def interleaved(
-    rivals: Mapping[str, Callable[[], object]],
+    rivals: Mapping[Name, Callable[[], object]],
     repeats: int,
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of each rival, all of them once a round, so that noise strikes them alike.
 
     On a busy machine let ``clock`` be ``time.process_time`` and use one thread: waiting for the
     others then does not count.
     """
+
+    def timed(call: Callable[[], object]) -> Callable[[], float]:
+        def seconds() -> float:
+            start = clock()
+            call()
+            return clock() - start
+
+        return seconds
+
+    return rounds({name: timed(call) for name, call in rivals.items()}, repeats, warm_up)
+
+
+def rounds(
+    rivals: Mapping[Name, Callable[[], float]], repeats: int, warm_up: int = 1
+) -> dict[Name, list[float]]:
+    """Likewise, where each call returns its own seconds."""
     for call in rivals.values():
         for _ in range(warm_up):
             call()
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    seconds: dict[Name, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, call in rivals.items():
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
+            seconds[name].append(call())
     return seconds
 
 
@@ -66,7 +82,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()]
+        cells = [
+            "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+            for x in row.values()
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,11 +1,12 @@
 """Keys and queries of a trained model, for benchmarks: random vectors flatter and slander searches.
 
-    python benchmarks/real_keys.py --config runs/quickstart/version_0/config.yaml \\
-        --checkpoint runs/quickstart/version_0/checkpoints/last.ckpt --slots 65536 --out keys.pt
+    python benchmarks/real_keys.py --checkpoint runs/quickstart/version_0/checkpoints/last.ckpt \\
+        --slots 65536 --out keys.pt
 
-Reads training documents one after the other and writes what the first memory layer would store:
-``keys`` and ``values`` (heads, slots, width) and ``queries`` (heads, 512, width), those of the 512
-tokens that follow. Heads of several streams are stacked until there are eight.
+Reads documents, the longest first, in segments as in training, and writes what the first memory
+layer would store: ``keys`` and ``values`` (heads, slots, width) and ``queries`` (heads, 512,
+width), those of the 512 tokens that follow. Heads of several streams are stacked until there are
+eight; no document is in two streams, and a stream takes more than one only where they are short.
 """
 
 from __future__ import annotations
@@ -14,57 +15,66 @@ import argparse
 from pathlib import Path
 
 import torch
-import yaml
+from torch import Tensor
 
-from memorizing_transformers.data.datamodule import DocumentDataModule
-from memorizing_transformers.model import ModelConfig, Transformer
+from memorizing_transformers.data.settings import SourceSettings
+from memorizing_transformers.data.sources import open_sources
+from memorizing_transformers.data.tokenization import encode_document
+from memorizing_transformers.training.checkpoints import read_manifest
+from memorizing_transformers.training.export import load_model
 
 HEADS = 8
 QUERIES = 512
 
 
-def load_model(config: dict, checkpoint: Path, vocab_size: int) -> Transformer:
-    """The trained network with the memory it was trained with."""
-    model = {k: v for k, v in config["model"].items() if k in ModelConfig.__dataclass_fields__}
-    model["vocab_size"] = model.get("vocab_size") or vocab_size
-    net = Transformer(ModelConfig(**model)).eval()
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    net.load_state_dict({k.removeprefix("net."): v for k, v in state.items() if k[:4] == "net."})
-    return net
+def long_streams(tokenizer: object, source: str, streams: int, length: int) -> Tensor:
+    """Tokens (streams, length) of the training documents of a source, the longest first."""
+    reading = open_sources(SourceSettings(source))[-1]
+    documents = list(reading.source.documents(lambda name: reading.split_of(name) == "train"))
+    documents.sort(key=lambda document: -len(document.text))
+    rows, order = [], iter(documents)
+    for _ in range(streams):
+        parts, names = [], []
+        while sum(len(part) for part in parts) < length:
+            document = next(order, None)
+            if document is None:
+                raise SystemExit(f"--slots: {source} has no {streams} streams of {length} tokens")
+            names.append(document.name)
+            parts.append(
+                torch.from_numpy(encode_document(tokenizer, document.text).astype("int64"))
+            )
+        rows.append(torch.cat(parts)[:length])
+        print(f"stream of {length} tokens from {len(names)} documents, first {names[0]}")
+    return torch.stack(rows)
 
 
 @torch.inference_mode()
 def main() -> None:
     """Parse, read, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--source", default="stdlib", help="as data.source of a config")
     parser.add_argument("--slots", type=int, default=65536)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    config = yaml.safe_load(given.config.read_text())
-    data = DocumentDataModule(**{**config["data"], "batch_rows": 1})
-    data.prepare_data()
-    store = data.train_store
-    net = load_model(config, given.checkpoint, data.vocab_size)
+    # What a layer stores does not depend on its memory: a small one will do.
+    net = load_model(given.checkpoint, memory={"size": 1, "top_k": 1, "search": "exact"})
+    segment = read_manifest(given.checkpoint)["data.segment_length"]
     streams = HEADS // net.config.kv_heads
-    needed = streams * (given.slots + QUERIES)
-    documents, count = [], 0
-    while count < needed:
-        tokens = torch.from_numpy(store.document(len(documents) % len(store)).astype("int64"))
-        documents.append(tokens)
-        count += len(tokens)
-    tokens = torch.cat(documents)[:needed].view(streams, -1)
+    tokens = long_streams(net.tokenizer, given.source, streams, given.slots + QUERIES)
     bank, layer = net.new_memory(streams), net.config.memory_layers[0]
-    pairs, retrieval = [], None
-    for segment in tokens.split(QUERIES, dim=1):
-        output = net(segment, bank)
+    keys, values, queries = [], [], []
+    for ids in tokens.split(segment, dim=1):
+        output = net(ids, bank)
         bank.commit(output.pairs)
-        pairs.append(output.pairs[layer])
-        retrieval = output.retrievals[layer]
-    assert retrieval is not None
-    keys, values = (torch.cat(part, 2)[:, :, : given.slots] for part in zip(*pairs, strict=True))
-    made = {"keys": keys, "values": values, "queries": retrieval.queries}
+        keys.append(output.pairs[layer][0])
+        values.append(output.pairs[layer][1])
+        queries.append(output.retrievals[layer].queries)
+    made = {
+        "keys": torch.cat(keys, 2)[:, :, : given.slots],
+        "values": torch.cat(values, 2)[:, :, : given.slots],
+        "queries": torch.cat(queries[-(-QUERIES // segment + 1) :], 2)[:, :, -QUERIES:],
+    }
     torch.save({k: v.flatten(0, 1).contiguous().clone() for k, v in made.items()}, given.out)
 
 

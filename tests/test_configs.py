@@ -14,7 +14,8 @@ from memorizing_transformers.training.cli import MemoryCLI
 from memorizing_transformers.training.optimizers import make_optimizer, make_schedule
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "ablations")
+"""All but plans, which tests/analysis/test_plan.py builds."""
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 T5_SMALL_VOCABULARY = 32_100
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32"]

@@ -25,15 +25,18 @@ output = model(tokenized)
 """
 
 
+TRAINING = ("python train.py", "torchrun --nproc_per_node 2 train.py", "srun python train.py")
+"""How a training command may begin."""
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def commands(program: str) -> list[list[str]]:
     """The arguments of every shown command that begins with ``program``."""
-    lines = [
-        shlex.split(line, comments=True) for block in blocks("bash") for line in block.split("\n")
-    ]
+    shown = "".join(blocks("bash") + blocks("sh")).replace("\\\n", "")
+    lines = [shlex.split(line, comments=True) for line in shown.split("\n")]
     first = program.split()
     return [line[len(first) :] for line in lines if line[: len(first)] == first]
 
@@ -52,8 +55,9 @@ class ParseOnly(MemoryCLI):
 
 
 def test_every_command_is_of_a_known_kind() -> None:
-    known = ("make", "python train.py", "python -m memorizing_transformers", "tensorboard")
+    known = ("make", *TRAINING, "python -m memorizing_transformers", "tensorboard")
     shown = sum(bool(line.strip()) for block in blocks("bash") for line in block.split("\n"))
+    shown += len(blocks("sh"))  # one command each
     assert sum(len(commands(program)) for program in known) == shown
 
 
@@ -76,7 +80,7 @@ def test_make_targets_exist(target: list[str]) -> None:
     assert re.search(rf"^{target[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", commands("python train.py"), ids=" ".join)
+@pytest.mark.parametrize("arguments", [a for p in TRAINING for a in commands(p)], ids=" ".join)
 def test_training_commands_parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])

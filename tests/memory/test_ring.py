@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memorizing_transformers.memory import Memory
 from memorizing_transformers.memory.search.reference import reference_search
+from memorizing_transformers.memory.storage import quantize, restore
 
 
 class Pair(NamedTuple):
@@ -53,16 +54,22 @@ def random_segment(rows: int, length: int, padded: bool = False) -> Segment:
     return Segment(torch.randn(shape), torch.randn(shape), mask, ids)
 
 
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a memory of that storage dtype makes of vectors, in fp32."""
+    return restore(*quantize(x)) if dtype == torch.int8 else x.to(dtype).float()
+
+
 def assert_same(memory: Memory, slow: list[SlowRow]) -> None:
     """Everything the ring says of every pair agrees with the lists."""
-    age, valid = memory.age(), memory.valid()
+    age, valid, dtype = memory.age(), memory.valid(), memory.keys.dtype
+    keys, values = memory.keys_at(...), restore(memory.values, memory.value_scales)
     for row, expected in enumerate(slow):
         assert memory.fill[row] == len(expected.pairs) == valid[row].sum()
         in_use = valid[row].nonzero().flatten().tolist()
         oldest_first = sorted(in_use, key=lambda slot: int(memory.positions[row, slot]))
         for rank, (slot, pair) in enumerate(zip(oldest_first, expected.pairs, strict=True)):
-            assert torch.equal(memory.keys[row, :, slot], pair.key.to(memory.keys.dtype))
-            assert torch.equal(memory.values[row, :, slot], pair.value.to(memory.values.dtype))
+            assert torch.equal(keys[row, :, slot], as_stored(pair.key, dtype))
+            assert torch.equal(values[row, :, slot], as_stored(pair.value, dtype))
             assert memory.token_ids[row, slot] == pair.token_id
             assert memory.positions[row, slot] == pair.position
             assert memory.steps[row, slot] == pair.step
@@ -84,7 +91,7 @@ def write_to_both(
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(("size", "length"), [(12, 4), (10, 4), (7, 3), (13, 63), (1, 1), (5, 5)])
 def test_keeps_the_last_pairs_of_every_row(
@@ -109,6 +116,78 @@ def test_no_mask_means_all_tokens() -> None:
         without.write(segment.keys, segment.values, None, segment.token_ids)
     for name, tensor in with_mask.tensors().items():
         assert torch.equal(tensor, without.tensors()[name]), name
+
+
+@pytest.mark.parametrize("size", [7, 12, 31])
+def test_dropped_pairs_are_gone_for_good(size: int) -> None:
+    """Through wrapping, resets, and loading into a memory of any size."""
+    memory, slow = Memory(3, HEADS, size, WIDTH), [SlowRow(size) for _ in range(3)]
+    for step in range(60):
+        write_to_both(memory, [random_segment(3, 5, padded=True)], slow, step)
+        count = torch.randint(0, 9, (3,)) * (torch.rand(3) < 0.3)
+        memory.drop(count)
+        for row, gone in zip(slow, count.tolist(), strict=True):
+            row.pairs = row.pairs[gone:]
+        assert_same(memory, slow)
+        for row, (count_, held) in enumerate(memory.retrievable()):
+            index = torch.arange(memory.size)[held]
+            assert len(index) == count_ == memory.fill[row]
+            assert memory.valid()[row, index].all()
+        if step % 7 == 6:
+            larger = Memory(3, HEADS, memory.size + int(torch.randint(-3, 4, ())), WIDTH)
+            larger.load({name: tensor.clone() for name, tensor in memory.tensors().items()})
+            memory = larger
+            for row in slow:
+                row.size, row.pairs = larger.size, row.pairs[-larger.size :]
+            assert_same(memory, slow)
+        if step % 11 == 10:
+            memory.reset(torch.tensor([True, False, step % 2 == 0]))
+            slow[0] = SlowRow(memory.size)
+            slow[2] = SlowRow(memory.size) if step % 2 == 0 else slow[2]
+
+
+def test_what_is_too_old_is_dropped_and_no_more() -> None:
+    memory, slow = Memory(2, HEADS, 12, WIDTH), [SlowRow(12), SlowRow(12)]
+    for step in range(9):
+        write_to_both(memory, [random_segment(2, 4, padded=True)], slow, step)
+        memory.drop_written_before(step - 1)
+        for row in slow:
+            row.pairs = [pair for pair in row.pairs if pair.step >= step - 1]
+        assert_same(memory, slow)
+
+
+def test_a_checkpoint_from_before_pairs_could_be_dropped_is_read() -> None:
+    source, slow = Memory(2, HEADS, 7, WIDTH), [SlowRow(7), SlowRow(7)]
+    write_to_both(source, [random_segment(2, 5) for _ in range(2)], slow)
+    old = {name: tensor for name, tensor in source.tensors().items() if name != "oldest"}
+    memory = Memory(2, HEADS, 7, WIDTH)
+    memory.write(*random_segment(2, 5)[:2])
+    memory.drop(torch.tensor([3, 5]))
+    memory.load(old)
+    assert_same(memory, slow)
+
+
+def test_rewound_a_row_is_written_over_from_there() -> None:
+    memory, slow = Memory(3, HEADS, 12, WIDTH), [SlowRow(12) for _ in range(3)]
+    write_to_both(memory, [random_segment(3, 5) for _ in range(4)], slow)
+    before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
+    bound = memory.max_fill
+    again = random_segment(3, 5)
+    with memory.rewound(torch.tensor([15, 20, 9])):
+        # Pairs 8 to 19 are there; what is to be written over cannot be retrieved.
+        assert memory.fill.tolist() == [7, 12, 1]
+        memory.write(*again[:2], torch.tensor([[True], [False], [True]]).expand(3, 5), step=9)
+    assert memory.written.tolist() == [20, 20, 20]
+    assert memory.fill.tolist() == [12, 12, 12]
+    assert memory.max_fill == bound
+    for row, first in ((0, 15), (1, 20), (2, 9)):
+        place = (memory.positions[row] >= first) & (memory.positions[row] < first + 5)
+        assert torch.equal(memory.keys[row][:, ~place], before["keys"][row][:, ~place])
+        order = memory.positions[row, place].argsort()
+        if first < 20:
+            assert torch.equal(memory.keys[row][:, place][:, order], again.keys[row])
+            assert (memory.steps[row, place] == 9).all()
+    assert (memory.document - 1 == torch.tensor([0, -1, 0])).all()
 
 
 def test_wrapping_around_many_times_keeps_count() -> None:

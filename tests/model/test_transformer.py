@@ -183,9 +183,10 @@ def test_bf16_mixed_stays_near_fp32(combine: str, qk_norm: bool) -> None:
     torch.testing.assert_close(losses[1], losses[0], atol=0.03, rtol=0)
 
 
-def test_a_memory_in_bf16_stays_near_fp32() -> None:
+@pytest.mark.parametrize("small", ["bfloat16", "int8"])
+def test_a_memory_in_a_small_dtype_stays_near_fp32(small: str) -> None:
     results = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", small):
         config = small_config(top_k=64, size=64)
         config.memory.dtype = dtype
         model = small_model(config)

@@ -74,6 +74,28 @@ def test_each_bucket_gives_its_best_member(
     assert torch.equal(scores, scores.sort(-1, descending=True).values)
 
 
+@pytest.mark.parametrize("host_path", [True, False], ids=["host", "device"])
+def test_keys_that_recur_with_the_segments_do_not_collide(
+    host_path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All true neighbours lie whole segments of 128 apart, as keys without context do."""
+    monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
+    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: False)
+    slots, top_k, target = 8 * 768, 36, 0.95
+    places = torch.nn.functional.normalize(torch.randn(128, 16), dim=-1)
+    keys = places.repeat(slots // 128, 1) + 0.05 * torch.randn(slots, 16)
+    memory = Memory(1, 1, slots, 16)
+    memory.write(keys[None, None], keys[None, None])
+    search, queries = bucketed.BucketedSearch(target), places[None, None]
+    if host_path:
+        found = search(queries, memory, top_k)
+    else:
+        found = search._plain(queries, memory, top_k, host.apart(768))
+    expected = reference_search(queries, memory, top_k)
+    hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
+    assert hit.float().mean() >= target
+
+
 @pytest.mark.parametrize("threads", [1, 99], ids=["numpy", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 31, 256, 257, 600, 5003])

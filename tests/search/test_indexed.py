@@ -79,11 +79,15 @@ def test_gradients_pass_numerical_checks_twice() -> None:
     )
 
 
-def filled(written: list[int], size: int = 12) -> Memory:
+def filled(written: list[int], size: int = 12, dtype: torch.dtype = torch.float32) -> Memory:
     """A memory with so many pairs a row, NaN in the slots that were never used."""
-    memory = Memory(len(written), GROUPS, size, WIDTH)
-    memory.keys.fill_(torch.nan)
-    memory.values.fill_(torch.nan)
+    memory = Memory(len(written), GROUPS, size, WIDTH, dtype)
+    if memory.key_scales is not None and memory.value_scales is not None:
+        memory.key_scales.fill_(torch.nan)
+        memory.value_scales.fill_(torch.nan)
+    else:
+        memory.keys.fill_(torch.nan)
+        memory.values.fill_(torch.nan)
     longest = max(written)
     pairs = torch.randn(2, len(written), GROUPS, longest, WIDTH)
     memory.write(*pairs, torch.arange(longest) < torch.tensor(written)[:, None])
@@ -108,10 +112,13 @@ def attention_gradient(memory: Memory, queries: Tensor, writes: int, load: bool)
 
 @pytest.mark.parametrize("written", [[12, 5], [30, 0]], ids=str)
 @pytest.mark.parametrize(("writes", "load"), [(1, False), (3, False), (2, True)])
-def test_backward_reads_what_forward_read(written: list[int], writes: int, load: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_backward_reads_what_forward_read(
+    written: list[int], writes: int, load: bool, dtype: torch.dtype
+) -> None:
     """Commits between forward and backward change neither the gradient nor what they wrote."""
     queries = torch.randn(2, GROUPS, 5, WIDTH)
-    memories = [filled(written), filled(written)]
+    memories = [filled(written, dtype=dtype) for _ in range(2)]
     memories[1].load(memories[0].tensors())
     before = attention_gradient(memories[0], queries, 0, False)
     after = attention_gradient(memories[1], queries, writes, load)
@@ -119,8 +126,9 @@ def test_backward_reads_what_forward_read(written: list[int], writes: int, load:
     assert torch.equal(before, after)
 
 
-def test_backward_leaves_the_memory_as_it_was_written() -> None:
-    memory = filled([12, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_backward_leaves_the_memory_as_it_was_written(dtype: torch.dtype) -> None:
+    memory = filled([12, 12], dtype=dtype)
     queries = torch.randn(2, GROUPS, 5, WIDTH, requires_grad=True)
     slots = torch.randint(12, (2, GROUPS, 5, 4))
     output = attend(queries, memory, Neighbours(slots, torch.ones_like(slots, dtype=torch.bool)))

@@ -32,7 +32,8 @@ def assert_agrees(search: indexes.FaissSearch, memory: Memory, least: float) -> 
     found, expected = (f(queries, memory, TOP_K) for f in (search, reference_search))
     assert torch.equal(found.valid, expected.valid)
     assert (found.slots[found.valid] >= 0).all()
-    assert (found.slots < memory.fill[:, None, None, None])[found.valid].all()
+    row = torch.arange(len(memory.fill))[:, None, None, None].expand_as(found.slots)
+    assert memory.valid()[row[found.valid], found.slots[found.valid]].all()
     assert recall(found, expected) >= least
     # A pair that left the ring would show as another one's slot, out of order or twice.
     index = found.slots.masked_fill(~found.valid, 0)
@@ -72,6 +73,22 @@ def test_follows_the_ring(kind: str, size: int, monkeypatch: pytest.MonkeyPatch)
     assert_agrees(search, memory, least)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_follows_what_is_dropped_and_written_over(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch(kind, 0.95)
+    memory = Memory(2, HEADS, 509, WIDTH)
+    for _ in range(30):
+        write(memory, 63)
+        memory.drop(torch.tensor([63 if memory.fill[0] > 300 else 0, 7]))
+        assert_agrees(search, memory, 1.0 if kind == "flat" else 0.9)
+    with memory.rewound(memory.written - torch.tensor([200, 0])):
+        write(memory, 200, torch.tensor([[True] * 200, [False] * 200]))
+    assert_agrees(search, memory, 1.0 if kind == "flat" else 0.9)
+
+
 def test_a_reset_that_wrote_as_much_again_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
     search = indexes.FaissSearch("ivf", 0.95)
@@ -80,6 +97,21 @@ def test_a_reset_that_wrote_as_much_again_is_noticed(monkeypatch: pytest.MonkeyP
         memory.reset()
         write(memory, 300)
         assert_agrees(search, memory, 0.9)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_nothing_is_sealed_before_a_query_can_tell_how_hard_to_look(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a resume. Keys would tell too little: every key has itself for a neighbour."""
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch(kind, 0.95)
+    memory = Memory(1, HEADS, 1024, WIDTH)
+    write(memory, 1024)
+    assert_agrees(search, memory, 1.0)
+    assert not search._queues[memory][0][0].sealed
+    assert_agrees(search, memory, 0.9)
+    assert search._queues[memory][0][0].sealed
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])

@@ -13,6 +13,7 @@ SHAPES = [
     {"qk_norm": False, "memory": {"combine": "content", "size": 64}},
     {"memory": {"combine": "joint", "position_bias": "t5", "layers": [0, 2], "size": 64}},
     {"memory": {"dtype": "bfloat16", "size": 100}},
+    {"memory": {"dtype": "int8", "size": 100}, "num_kv_heads": 2},
     {"memory": {"size": 0}},
 ]
 
@@ -24,8 +25,11 @@ def test_counts_what_the_model_has(shape: dict[str, object]) -> None:
     cost = estimate(config, rows=2, segment=8)
     assert cost.parameters == sum(weight.numel() for weight in model.parameters())
     bank = model.new_memory(2)
-    memories = sum(x.keys.nbytes + x.values.nbytes for x in bank.memories.values())
-    assert cost.memory_bytes == memories + 12 * sum(2 * x.size for x in bank.memories.values())
+    counters = ("written", "origin", "oldest", "bound")
+    tensors = [m.tensors() for m in bank.memories.values()]
+    assert cost.memory_bytes == sum(
+        x.nbytes for named in tensors for name, x in named.items() if name not in counters
+    )
     assert cost.cache_bytes == sum(x.keys.nbytes + x.values.nbytes for x in bank.caches.values())
     assert (cost.search_flops == 0) == (config.memory.size == 0)
     assert cost.device_bytes > cost.weight_bytes
@@ -40,6 +44,24 @@ def test_the_memory_costs_what_its_size_says() -> None:
     assert costs[1].search_flops == 2 * costs[0].search_flops
     assert costs[1].model_flops == costs[0].model_flops
     assert costs[1].memory_bytes == 2 * costs[0].memory_bytes
+
+
+def test_a_refresh_costs_forward_passes_of_what_is_stored() -> None:
+    """Every step and with as many slots as a segment: one forward pass up to the memory layer."""
+    shape = {"vocab_size": 50, "num_layers": 4, "xl_cache": 128}
+    costs = {
+        (size, every): estimate(
+            ModelConfig(**shape, memory={"size": size, "refresh_every_n_steps": every}),  # type: ignore[arg-type]
+            rows=2,
+            segment=128,
+        )
+        for size, every in ((128, 0), (128, 1), (1024, 4))
+    }
+    assert costs[128, 0].refresh_flops == 0
+    once = costs[128, 1].refresh_flops
+    assert 0.7 < once / (costs[128, 1].model_flops / 3 * 3 / 4) < 1
+    assert costs[1024, 4].refresh_flops == pytest.approx(2 * once)
+    assert costs[128, 1].memory_share > costs[128, 0].memory_share
 
 
 def test_an_index_lives_on_the_host() -> None:

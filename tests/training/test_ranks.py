@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small import command, scalars, write_config
+from small import assert_alike, command, scalars, write_config
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +54,10 @@ def runs(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     """The config, a run of 16 steps on one rank, and the same on two."""
     folder = tmp_path_factory.mktemp("ranks")
     config = write_saving_config(folder / "config.yaml", texts, folder / "one", every=4)
-    on_one_rank("fit", "--config", config, *STEPS)
-    on_ranks(2, "fit", "--config", config, *STEPS, "--trainer.default_root_dir", folder / "two")
+    report = ("--final_report", "true")
+    on_one_rank("fit", "--config", config, *STEPS, *report)
+    root = ("--trainer.default_root_dir", folder / "two")
+    on_ranks(2, "fit", "--config", config, *STEPS, *report, *root)
     return config, folder / "one" / "version_0", folder / "two" / "version_0"
 
 
@@ -77,6 +80,18 @@ def test_losses_and_validation_agree_with_one_rank(runs: tuple[Path, Path, Path]
     assert scalars(runs[1])["val/loss"].keys() == scalars(runs[2])["val/loss"].keys()
     assert scalars(runs[1])["train/loss"].keys() == scalars(runs[2])["train/loss"].keys()
     assert_losses_agree(runs[2], runs[1])
+
+
+def test_final_report_agrees_with_one_rank(runs: tuple[Path, Path, Path]) -> None:
+    one, two = (json.loads((run / "report.json").read_text())["rows"] for run in runs[1:])
+    assert [(row["split"], row["memory"]) for row in one] == [
+        *(("validation", 32), ("validation", 0), ("test", 32), ("test", 0))
+    ]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == {
+            key: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
+            for key, value in theirs.items()
+        }
 
 
 def test_the_gain_is_over_the_documents_of_all_ranks(runs: tuple[Path, Path, Path]) -> None:
@@ -121,6 +136,17 @@ def test_rows_find_their_rank_from_two_to_one_to_two(
 
 
 @pytest.mark.slow
+def test_two_ranks_resume_bit_for_bit(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    config, _, two = runs
+    resumed = go_on(two, 8, 2, config, tmp_path)
+    ours, theirs = (run / "checkpoints" / "step=16.ckpt" for run in (resumed, two))
+    for one, other in zip(memory_of(ours), memory_of(theirs), strict=True):
+        assert_alike(one, other)
+    weights = [torch.load(run / "trainer.ckpt", weights_only=True) for run in (ours, theirs)]
+    assert_alike(weights[0]["state_dict"], weights[1]["state_dict"])
+
+
+@pytest.mark.slow
 def test_rows_find_their_rank_from_one_to_two_to_four_to_one(
     runs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
@@ -130,6 +156,36 @@ def test_rows_find_their_rank_from_one_to_two_to_four_to_one(
     last = go_on(four, 12, 1, config, tmp_path / "last")
     for run in (two, four, last):
         assert_losses_agree(run, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_processes_that_others_start_agree_with_one_rank(
+    runs: tuple[Path, Path, Path], tmp_path: Path, launcher: str
+) -> None:
+    """torchrun itself, and the variables that SLURM's srun sets for each task."""
+    given = ["fit", "--config", str(runs[0]), *STEPS, "--trainer.devices", "2"]
+    given += ["--trainer.strategy", "ddp", "--trainer.default_root_dir", str(tmp_path)]
+    plain = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if launcher == "torchrun":
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        started = [subprocess.Popen([*run, str(ROOT / "train.py"), *given], env=plain)]
+    else:
+        slurm = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+        slurm |= {"NODEID": "0", "NNODES": "1", "NODELIST": "localhost"}
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *given],
+                env={
+                    **plain,
+                    **{f"SLURM_{key}": value for key, value in slurm.items()},
+                    **{"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_ADDR": "127.0.0.1"},
+                },
+            )
+            for rank in "01"
+        ]
+    assert [process.wait(200) for process in started] == [0] * len(started)
+    assert_losses_agree(tmp_path / "version_0", runs[1])
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +225,11 @@ def test_sharded_ranks_agree_with_one_whatever_their_documents(
         torch.load(run / "checkpoints" / "step=8.ckpt" / "trainer.ckpt", weights_only=True)
         for run in (one, two)
     ]
-    for name, tensor in saved[0]["state_dict"].items():
-        assert torch.allclose(tensor, saved[1]["state_dict"][name], atol=1e-3), name
+    one_state, two_state = (checkpoint["state_dict"] for checkpoint in saved)
+    assert one_state.keys() == two_state.keys()
+    for name, tensor in one_state.items():
+        # Where a gradient is rounding alone, Adam moves a weight by a whole step either way.
+        assert (tensor - two_state[name]).abs().median() < 1e-4, name
     assert_losses_agree(go_on(two, 8, 1, config, tmp_path / "one"), one)
 
 

@@ -15,7 +15,7 @@ from small import Losses, assert_alike, make_data, make_module, state
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.training.checkpoints import candidates, newest_good, read_manifest
 from memorizing_transformers.training.module import MemorizingLM
-from memorizing_transformers.training.rank_state import random_state, set_random_state
+from memorizing_transformers.training.rank_state import load_rows, random_state, set_random_state
 from memorizing_transformers.training.runs import resolve_checkpoint
 from memorizing_transformers.training.trainer import MemoryTrainer
 
@@ -58,11 +58,22 @@ def fit(
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "several memory layers in bf16": {"layers": [0, 1], "dtype": "bfloat16"},
+    "memory in int8": {"dtype": "int8"},
     "joint with bias": {"combine": "joint", "position_bias": "t5"},
     "no XL cache": {"xl_cache": 0},
     "bucketed search": {"search": "bucketed"},
     "bf16-mixed": {"trainer_options": {"precision": "bf16-mixed"}},
     "accumulation": {"trainer_options": {"accumulate_grad_batches": 2}},
+    "refreshed": {"refresh_every_n_steps": 2, "size": 50},
+    "refreshed under accumulation, old and drifted pairs dropped": {
+        "trainer_options": {"accumulate_grad_batches": 2},
+        "optimizer": {"lr": 0.1},
+        "size": 200,
+        "layers": [0, 1],
+        "refresh_every_n_steps": 3,
+        "drop_after_n_steps": 2,
+        "drop_below_cosine": 0.95,
+    },
     "adafactor": {"optimizer": {"name": "adafactor", "schedule": "rsqrt", "warmup_steps": 3}},
 }
 
@@ -80,6 +91,17 @@ def test_resumed_run_equals_the_unbroken_one_to_the_bit(
         assert rest == losses[-len(rest) :]
         assert len(rest) < len(losses)
         assert_alike(state(resumed), state(whole))
+
+
+def test_what_was_dropped_before_the_stop_stays_dropped(texts: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"size": 200, "drop_below_cosine": 0.9, "optimizer": {"lr": 0.3}}
+    whole, losses = fit(texts, tmp_path / "whole", 12, **settings)
+    checkpoint = tmp_path / "whole" / "step=10.ckpt"  # step 8 looked for drift, step 16 would
+    rows = load_rows(checkpoint, range(1), 0, 4)
+    assert (rows["memory.1.oldest"] > 0).any()
+    resumed, rest = fit(texts, tmp_path / "resumed", 12, checkpoint, **settings)
+    assert rest == losses[10:]
+    assert_alike(state(resumed), state(whole))
 
 
 def test_resuming_goes_on_over_the_end_of_an_epoch(texts: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 """
 
 from .attend import MemoryAttention, attend
-from .bank import STORAGE_DTYPES, MemoryBank, Pairs
+from .bank import MemoryBank, Pairs
 from .cache import XLCache
+from .refresh import drop_drifted, refresh
 from .ring import Memory
 from .search import SEARCHES, Neighbours, Search, make_search
+from .storage import STORAGE_DTYPES
 
 __all__ = [
     "SEARCHES",
@@ -20,5 +22,7 @@ __all__ = [
     "Search",
     "XLCache",
     "attend",
+    "drop_drifted",
     "make_search",
+    "refresh",
 ]

@@ -50,12 +50,14 @@ def attend(
     differentiated = torch.is_grad_enabled() and live
     reading = memory.reading() if differentiated else None
     with torch.autocast(queries.device.type, enabled=False):
-        scores = dots(queries.float(), Rows(memory.keys, slots, counted, None, reading))
+        keys = Rows(memory.keys, slots, counted, memory.key_scales, reading)
+        scores = dots(queries.float(), keys)
         if bias is not None:
             scores = scores + bias
         found = valid.any(-1)
         scores = scores.masked_fill(~valid & found[..., None], -torch.inf)
         log_mass = scores.logsumexp(-1)
         weights = (scores - log_mass[..., None]).exp()
-        output = weighted_sum(weights, Rows(memory.values, slots, counted, None, reading))
+        values = Rows(memory.values, slots, counted, memory.value_scales, reading)
+        output = weighted_sum(weights, values)
     return MemoryAttention(output, log_mass, weights, found)

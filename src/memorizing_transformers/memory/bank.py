@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from .cache import XLCache
@@ -108,7 +107,3 @@ class MemoryBank:
     def _named_stores(self) -> dict[str, Memory | XLCache]:
         memories = {f"memory.{layer}": store for layer, store in self.memories.items()}
         return {**memories, **{f"cache.{layer}": store for layer, store in self.caches.items()}}
-
-
-STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What keys and values may be stored in."""

@@ -71,10 +71,11 @@ def _chunks(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _dots(x: Tensor, rows: Rows) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1], 1)
+    flat = x.reshape(-1, 1, x.shape[-1])
     out = torch.empty(flat.shape[0], rows.slots.shape[-1], dtype=torch.float32, device=x.device)
     for part, gathered in _chunks(rows):
-        out[part] = torch.bmm(gathered, flat[part]).squeeze(-1)
+        # With x as the row, and not as the column, MKL is several times as fast.
+        out[part] = torch.bmm(flat[part], gathered.mT).squeeze(1)
     return out.view(rows.slots.shape)
 
 

@@ -2,33 +2,37 @@
 
 Shapes: B rows, G key/value heads, M slots, N tokens of a segment, D head width.
 
-A slot costs ``2 * G * D`` numbers in the storage dtype and 12 bytes of bookkeeping (token id,
-position, step). Writing a segment costs O(N) per row, resetting a row O(1).
+A slot costs ``2 * G * D`` numbers in the storage dtype (``storage.py``) and 12 bytes of bookkeeping
+(token id, position, step). Writing a segment costs O(N) per row, resetting a row O(1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .reading import Reading
+from .storage import SCALES, converted, quantize, restore
 
 
 class Memory:
     """A first-in, first-out store of detached pairs, never a module and never a buffer.
 
     A row's pair number ``i`` (counted from its last reset) lives in slot ``(i - origin) % size``;
-    so the first ``fill`` slots of a row are the ones in use, whatever happened before.
+    so the first ``used`` slots of a row hold a pair, whatever happened before. Pairs leave in the
+    order they came: overwritten, or dropped, which only moves ``oldest``.
 
     Args:
         batch_size: rows B.
         num_kv_heads: key/value heads G.
         size: slots M per row.
         head_dim: width D of a key and of a value.
-        dtype: storage dtype of keys and values.
+        dtype: storage dtype of keys and values, one of ``STORAGE_DTYPES``.
         device: where the pairs live.
     """
 
@@ -46,6 +50,12 @@ class Memory:
         self.size = size
         self.keys = torch.zeros(pairs, dtype=dtype, device=device)
         self.values = torch.zeros(pairs, dtype=dtype, device=device)
+        self.key_scales: Tensor | None = None
+        """(B, G, M) fp32, factor of each stored key; None unless stored as int8."""
+        self.value_scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.key_scales = torch.zeros(pairs[:3], dtype=torch.float32, device=device)
+            self.value_scales = torch.zeros_like(self.key_scales)
         self.token_ids = torch.zeros(slots, dtype=torch.int32, device=device)
         """(B, M) the token that a slot's pair was computed from."""
         self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -56,6 +66,8 @@ class Memory:
         """(B,) pairs written since the row's last reset."""
         self.origin = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) the first pair that counts; 0 but where a smaller memory, loaded, had lost some."""
+        self.oldest = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,) the first pair that was not dropped; those before it are never retrieved."""
         self.document = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) changes whenever a row does not continue what it held, for an index built beside the
         ring; not part of what defines the memory."""
@@ -64,24 +76,53 @@ class Memory:
 
     def reading(self) -> Reading:
         """The pairs as of now, for a backward pass that may come after later writes."""
-        reading = Reading({"keys": self.keys, "values": self.values})
+        names = [*SCALES, *SCALES.values()]
+        stores = {name: getattr(self, name) for name in names}
+        reading = Reading({name: store for name, store in stores.items() if store is not None})
         self._readings.add(reading)
         return reading
 
+    def keys_at(self, index: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Keys in a floating dtype, restored if stored as int8; perhaps a view, so not to change.
+
+        Args:
+            index: of the (B, G, M) stored keys.
+            dtype: of the result.
+        """
+        scales = None if self.key_scales is None else self.key_scales[index]
+        return restore(self.keys[index], scales, dtype)
+
     @property
-    def fill(self) -> Tensor:
-        """(B,) slots in use."""
+    def used(self) -> Tensor:
+        """(B,) slots that hold a pair, those of dropped pairs among them."""
         return (self.written - self.origin).clamp(max=self.size)
 
     @property
+    def fill(self) -> Tensor:
+        """(B,) pairs that can be retrieved: the last so many of those written."""
+        return torch.minimum(self.used, self.written - self.oldest)
+
+    @property
     def max_fill(self) -> int:
-        """An upper bound of ``fill`` over the rows, known without waiting for the device."""
+        """An upper bound of ``used`` over the rows, known without waiting for the device."""
         return min(self._most_written, self.size)
 
     def valid(self, slots: int | None = None) -> Tensor:
-        """(B, slots) bool: which of the first ``slots`` slots (default all) hold a pair."""
+        """(B, slots) bool: which of the first ``slots`` slots (default all) can be retrieved."""
         index = torch.arange(self.size if slots is None else slots, device=self.written.device)
-        return index < self.fill[:, None]
+        return (index < self.used[:, None]) & (self.age()[:, : len(index)] < self.fill[:, None])
+
+    def retrievable(self) -> list[tuple[int, slice | Tensor]]:
+        """For each row how many pairs can be retrieved, and an index of their slots.
+
+        The index is a slice from 0 on where nothing was dropped. Waits for the device.
+        """
+        found: list[tuple[int, slice | Tensor]] = []
+        counts = torch.stack([self.used, self.fill, self.written - self.origin]).tolist()
+        for used, fill, end in zip(*counts, strict=True):
+            numbers = torch.arange(end - fill, end, device=self.written.device)
+            found.append((fill, slice(used) if fill == used else numbers % self.size))
+        return found
 
     def age(self) -> Tensor:
         """(B, M) int64: pairs written to the row since the slot's own, 0 for the newest one."""
@@ -119,8 +160,13 @@ class Memory:
         slots = (positions - self.origin[rows]) % self.size
         for reading in self._readings:
             reading.keep(rows, slots)
-        self.keys[rows, :, slots] = keys.detach()[rows, :, tokens].to(self.keys.dtype)
-        self.values[rows, :, slots] = values.detach()[rows, :, tokens].to(self.values.dtype)
+        for name, new in (("keys", keys), ("values", values)):
+            new = new.detach()[rows, :, tokens]
+            scales: Tensor | None = getattr(self, SCALES[name])
+            if scales is not None:
+                new, scales[rows, :, slots] = quantize(new)
+            stored: Tensor = getattr(self, name)
+            stored[rows, :, slots] = new.to(stored.dtype)
         self.positions[rows, slots] = positions.to(torch.int32)
         self.steps[rows, slots] = step
         if token_ids is not None:
@@ -135,16 +181,52 @@ class Memory:
             self.document += 1
             self.written.zero_()
             self.origin.zero_()
+            self.oldest.zero_()
             self._most_written = 0
         else:
             mask = mask.to(self.written.device)
             self.document += mask
             self.written.masked_fill_(mask, 0)
             self.origin.masked_fill_(mask, 0)
+            self.oldest.masked_fill_(mask, 0)
+
+    @torch.no_grad()
+    def drop(self, count: Tensor) -> None:
+        """Never retrieve the ``count`` (B,) oldest pairs of each row again."""
+        self.oldest.copy_(self.written - self.fill + torch.minimum(count, self.fill))
+
+    def drop_written_before(self, step: int) -> None:
+        """Never retrieve again what was written before a training step."""
+        # Pairs lie in the order of their steps, so the stale ones are the oldest.
+        self.drop((self.valid() & (self.steps < step)).sum(1))
+
+    @contextmanager
+    def rewound(self, start: Tensor) -> Iterator[None]:
+        """Within, rows end before pair ``start`` (B,), and writing goes over what follows.
+
+        Afterwards rows end where they ended; what was not written over is as it was.
+
+        Args:
+            start: (B,) number of a pair that can be retrieved; rows that end before it keep all.
+        """
+        written, most_written = self.written.clone(), self._most_written
+        with torch.no_grad():
+            self.drop(torch.zeros_like(start))  # what was overwritten must not seem to come back
+            self.document += start < written
+            self.written.copy_(torch.minimum(start, written))
+        try:
+            yield
+        finally:
+            self._most_written = most_written
+            with torch.no_grad():
+                self.written.copy_(written)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the memory, by name; the first dimension is the row."""
-        names = ("keys", "values", "token_ids", "positions", "steps", "written", "origin")
+        names = ["keys", "values", "token_ids", "positions", "steps"]
+        names += ["written", "origin", "oldest"]
+        if self.key_scales is not None:
+            names += SCALES.values()
         # The bound decides what a search reads, and so how its sums round.
         bound = torch.full_like(self.written, self._most_written)
         return {**{name: getattr(self, name) for name in names}, "bound": bound}
@@ -160,11 +242,14 @@ class Memory:
             reading.keep(*everywhere)
         self.document += 1
         given = {name: tensor.to(self.written.device) for name, tensor in tensors.items()}
+        given = converted(given, self.keys.dtype)
         written, origin = given["written"], given["origin"]
         old_size = given["keys"].shape[2]
         # A larger memory must not count what the smaller one had already overwritten.
         lost = written - old_size if self.size > old_size else origin
         self.origin.copy_(torch.maximum(origin, lost))
+        # Checkpoints of earlier versions know of no dropped pairs.
+        self.oldest.copy_(given.get("oldest", origin))
         self.written.copy_(written)
         self._most_written = int(given["bound"].max())
 
@@ -177,7 +262,7 @@ class Memory:
         for name, own in self.tensors().items():
             if own.ndim > 1 and old_size == self.size:
                 own.copy_(given[name])  # so that one who resumes holds the same bit for bit
-            elif own.ndim == 4:
+            elif own.ndim > 2:
                 own[rows, :, target] = given[name][rows, :, source].to(own.dtype)
             elif own.ndim == 2:
                 own[rows, target] = given[name][rows, source]

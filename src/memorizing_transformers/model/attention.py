@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..memory import Memory, MemoryAttention, Pairs, Search, XLCache, attend
 from .bias import LocalBias, MemoryBias
+from .compiled import dense
 from .config import ModelConfig
+from .local import local_attention
 
 
 class Retrieval(NamedTuple):
@@ -48,6 +50,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.compile_dense = config.compile
         self.num_heads = config.num_heads
         self.num_kv_heads = config.kv_heads
         self.head_dim = config.head_width
@@ -61,6 +64,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.scale = nn.Parameter(torch.full((self.num_heads,), config.qk_scale_init))
 
+    @dense
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, D), scaled, and keys and values (B, G, N, D) of hidden states x."""
         q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -85,24 +89,38 @@ class Attention(nn.Module):
         Returns:
             output (B, H, N, D) and log mass (B, H, N) fp32 or None.
         """
-        segment = q.shape[2]
-        allowed = torch.ones(segment, segment, dtype=torch.bool, device=q.device).tril()
         if cache is not None and cache.size:
             k = torch.cat([cache.keys.to(k.dtype), k], dim=2)
             v = torch.cat([cache.values.to(v.dtype), v], dim=2)
-            past = cache.valid()[:, None, None, :].expand(-1, 1, segment, -1)
+        seen = cache.valid() if cache is not None and cache.size else None
+        if with_mass or not q.is_cuda:
+            near, far = self.bias.near(k.shape[2])
+            hidden = None if seen is None or (not q.is_cuda and bool(seen.all())) else ~seen
+            output, mass = local_attention(q, k, v, near, hidden, with_mass)
+            return output, mass if mass is None else mass + far[:, None]
+        return self.fused(q, k, v, seen), None
+
+    @dense
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """What ``local_attention`` does, by the device's own kernel.
+
+        Args:
+            q: (B, H, N, D) scaled queries.
+            k: (B, G, S, D) keys.
+            v: (B, G, S, D) values.
+            seen: (B, W) bool, which cached places count, or None for all.
+        """
+        segment = q.shape[2]
+        allowed = torch.ones(segment, segment, dtype=torch.bool, device=q.device).tril()
+        if seen is not None:
+            past = seen[:, None, None, :].expand(-1, 1, segment, -1)
             allowed = torch.cat([past, allowed.expand(past.shape[0], 1, -1, -1)], dim=-1)
         k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
         v = v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
         mask = self.bias(segment, k.shape[2]).masked_fill(~allowed, -torch.inf)
-        if not with_mass:
-            mask = mask.to(v.dtype).expand(q.shape[0], -1, -1, -1)
-            q, k = q.to(v.dtype), k.to(v.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0), None
-        with torch.autocast(q.device.type, enabled=False):
-            scores = q.float() @ k.float().transpose(-1, -2) + mask
-            log_mass = scores.logsumexp(-1)
-            return (scores - log_mass[..., None]).exp() @ v.float(), log_mass
+        mask = mask.to(v.dtype).expand(q.shape[0], -1, -1, -1)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
     def merge(self, heads: Tensor) -> Tensor:
         """Project the heads' outputs (B, H, N, D) to (B, N, d_model)."""

@@ -53,6 +53,18 @@ class LocalBias(nn.Module):
         exact = self.num_buckets // 2
         self.table.weight[:exact].fill_diagonal_(bias)
 
+    def near(self, num_keys: int) -> tuple[Tensor, Tensor]:
+        """The bias as a constant and what differs from it at small distances.
+
+        Returns:
+            (H, F) for distances 0 to F - 1, what comes on top of the constant; and (H,) the
+            constant, which is the bias from distance F on. F is at most ``num_keys``.
+        """
+        distance = torch.arange(min(self.max_distance, num_keys), device=self.table.weight.device)
+        bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
+        far = self.table.weight[-1]
+        return (self.table(bucket) - far).t(), far
+
     def forward(self, num_queries: int, num_keys: int) -> Tensor:
         """(H, N, S) for the last ``num_queries`` of ``num_keys`` consecutive tokens.
 

@@ -34,6 +34,8 @@ class MemoryConfig:
             faiss (on the host, for very large memories: faiss-ivf, faiss-hnsw or faiss-flat) or
             reference (slow and obvious).
         recall_target: expected share of the true neighbours that an approximate search returns.
+        search_bytes: bytes of scores that exact and bucketed hold at once, beside the keys of one
+            head; None for what suits the device, 32 MiB on a CPU and 64 MiB elsewhere.
         combine: how memory and local attention are joined: gate (a learned number per head), fixed
             (fixed_value for all), content (computed from the token's hidden state), joint (one
             softmax over neighbours and local keys).
@@ -43,7 +45,14 @@ class MemoryConfig:
             learned-absolute (by age in the memory).
         bias_buckets: buckets of that bias.
         bias_max_distance: distance in tokens from which on t5 uses the last bucket.
-        dtype: storage of keys and values: float32 or bfloat16. A run-time choice.
+        dtype: storage of keys and values: float32, bfloat16, or int8 with a scale for each vector.
+            A run-time choice.
+        refresh_every_n_steps: training steps after which the pairs of the documents being read are
+            encoded anew with the weights of the day; 0 for never.
+        drop_after_n_steps: age in training steps beyond which pairs are not retrieved any more; 0
+            for any age.
+        drop_below_cosine: bound on the mean cosine of a segment's stored keys and today's, below
+            which it and what is older are not retrieved any more; 0 for none.
     """
 
     size: int = 8192
@@ -60,15 +69,31 @@ class MemoryConfig:
         "reference",
     ] = "exact"
     recall_target: float = 0.95
+    search_bytes: int | None = None
     combine: Literal["gate", "fixed", "content", "joint"] = "gate"
     fixed_value: float = 0.5
     gate_init: float = 0.5
     position_bias: Literal["none", "t5", "learned-absolute"] = "none"
     bias_buckets: int = 32
     bias_max_distance: int = 65536
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    refresh_every_n_steps: int = 0
+    drop_after_n_steps: int = 0
+    drop_below_cosine: float = 0.0
 
-    RUNTIME = ("size", "top_k", "search", "recall_target", "dtype", "fixed_value", "gate_init")
+    RUNTIME = (
+        "size",
+        "top_k",
+        "search",
+        "recall_target",
+        "search_bytes",
+        "dtype",
+        "fixed_value",
+        "gate_init",
+        "refresh_every_n_steps",
+        "drop_after_n_steps",
+        "drop_below_cosine",
+    )
     """Fields that may differ between the run that wrote a checkpoint and the run that reads it."""
 
     def validate(self, prefix: str = "model.memory.") -> None:
@@ -89,12 +114,19 @@ class MemoryConfig:
         if not 0 < self.recall_target < 1:
             remedy = "must lie between 0 and 1; search=exact finds all"
             raise ConfigError(prefix + "recall_target", self.recall_target, remedy)
+        if self.search_bytes is not None:
+            _at_least(prefix + "search_bytes", self.search_bytes, 1)
         if not 0 <= self.fixed_value <= 1:
             raise ConfigError(prefix + "fixed_value", self.fixed_value, "must lie in [0, 1]")
         if not 0 < self.gate_init < 1:
             raise ConfigError(prefix + "gate_init", self.gate_init, "must lie between 0 and 1")
         _at_least(prefix + "bias_buckets", self.bias_buckets, 4)
         _at_least(prefix + "bias_max_distance", self.bias_max_distance, self.bias_buckets)
+        _at_least(prefix + "refresh_every_n_steps", self.refresh_every_n_steps, 0)
+        _at_least(prefix + "drop_after_n_steps", self.drop_after_n_steps, 0)
+        if not 0 <= self.drop_below_cosine < 1:
+            remedy = "must lie in [0, 1); 0 drops nothing"
+            raise ConfigError(prefix + "drop_below_cosine", self.drop_below_cosine, remedy)
 
 
 @dataclass
@@ -120,6 +152,9 @@ class ModelConfig:
             three quarters of the way up; 0 starts all biases at zero. Heads that look at fixed
             distances from the start let a small model learn sooner to follow repetitions.
         activation_checkpointing: recompute layers in the backward pass; retrieval is not repeated.
+        compile: compile projections and feed-forward layers with torch.compile, and local attention
+            on a GPU; search and memory stay as they are. Costs a minute or less at the start, and
+            on a CPU needs a C++ compiler. A run-time choice.
         memory: the external memory.
     """
 
@@ -138,12 +173,14 @@ class ModelConfig:
     relative_max_distance: int = 128
     relative_init: float = 0.0
     activation_checkpointing: bool = False
+    compile: bool = False
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     RUNTIME = (
         "xl_cache",
         "dropout",
         "activation_checkpointing",
+        "compile",
         "qk_scale_init",
         "relative_init",
         "memory",

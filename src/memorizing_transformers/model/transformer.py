@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError
 from ..memory import STORAGE_DTYPES, Memory, MemoryBank, Pairs, XLCache, make_search
 from .attention import Attention, MemoryLayerAttention, Retrieval
+from .compiled import dense
 from .config import ModelConfig
 
 IGNORE_INDEX = -100
@@ -54,6 +55,7 @@ class Layer(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.recompute = config.activation_checkpointing
+        self.compile_dense = config.compile
 
     def forward(
         self, x: Tensor, cache: XLCache | None, memory: Memory | None
@@ -69,11 +71,14 @@ class Layer(nn.Module):
             # A search is dear and its outcome small: keep it rather than search twice.
             attended, pairs, retrieval = attend(x, cache, memory)
         x = x + self.dropout(attended)
-        if recompute:
-            fed = checkpoint(self.feed_forward, x, use_reentrant=False)
-        else:
-            fed = self.feed_forward(x)
+        fed = checkpoint(self.feed, x, use_reentrant=False) if recompute else self.feed(x)
         return x + self.dropout(fed), pairs, retrieval
+
+    @dense
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward part on hidden states x (B, N, d_model)."""
+        fed: Tensor = self.feed_forward(x)
+        return fed
 
     def _attend(
         self, x: Tensor, cache: XLCache | None, memory: Memory | None
@@ -95,7 +100,9 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size", None, "must be set before the model is built")
         self.config = config
-        search = make_search(config.memory.search, config.memory.recall_target)
+        search = make_search(
+            config.memory.search, config.memory.recall_target, config.memory.search_bytes
+        )
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
@@ -189,6 +196,24 @@ class Transformer(nn.Module):
                 retrievals[index] = retrieval
         x = self.dropout(self.norm(x)) * self.config.d_model**-0.5
         return ModelOutput(F.linear(x, self.embedding.weight), pairs, retrievals)
+
+    def encode(self, input_ids: Tensor, memory: MemoryBank) -> list[Pairs]:
+        """The pairs of a segment up to the last memory layer, and nothing that costs more.
+
+        Args:
+            input_ids: (B, N) int64.
+            memory: the bank of these B rows.
+        """
+        last = max(self.config.memory_layers)
+        x = self.dropout(self.embedding(input_ids))
+        pairs: list[Pairs] = []
+        for index, layer in enumerate(list(self.layers)[:last]):
+            x, pair, _ = layer(x, memory.caches.get(index), memory.memories.get(index))
+            pairs.append(pair)
+        layer = self.layers[last]
+        assert isinstance(layer, Layer)
+        _, k, v = layer.attention.project(layer.attention_norm(x))
+        return [*pairs, (k.detach(), v.detach())]
 
     @staticmethod
     def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -154,16 +155,20 @@ class MemoryCLI(LightningCLI):
             final_report(self.trainer, self.model, self.datamodule)
 
 
-def read_config(path: str) -> MemoryCLI:
+def read_config(path: str, arguments: Sequence[str] = ()) -> MemoryCLI:
     """A training config, its model and data built but for the network, nothing run.
 
     The machine that reads it need not be one that can run it.
+
+    Args:
+        path: the config.
+        arguments: further ones of the command line, ``--key=value``.
     """
     here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
     args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
     hush()
     with patch("sys.argv", sys.argv[:1]):
-        return MemoryCLI(run=False, args=["--config", path, *args])
+        return MemoryCLI(run=False, args=["--config", path, *arguments, *args])
 
 
 def main() -> None:

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..memory import STORAGE_DTYPES
+from ..memory.storage import slot_bytes
 from ..model import ModelConfig
 
-BOOKKEEPING = 12
-"""Bytes a slot beside its pair: token, position, step."""
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
 """Numbers of optimiser state per weight; Adafactor's factors are negligible."""
 
@@ -45,17 +42,23 @@ class Estimate:
     """Scoring every slot; what an index would skip is counted."""
     attention_flops: float
     """Attention over what was retrieved, forward and backward."""
+    refresh_flops: float
+    """Encoding stored tokens anew, shared out over the steps between two refreshes."""
     checkpoint_bytes: int
 
     @property
     def flops(self) -> float:
         """FLOPs of a training step."""
-        return self.model_flops + self.search_flops + self.attention_flops
+        return self.model_flops + self._memory_flops
+
+    @property
+    def _memory_flops(self) -> float:
+        return self.search_flops + self.attention_flops + self.refresh_flops
 
     @property
     def memory_share(self) -> float:
         """Share of a step's FLOPs that the memory takes, in [0, 1]."""
-        return (self.search_flops + self.attention_flops) / self.flops
+        return self._memory_flops / self.flops
 
     @property
     def device_bytes(self) -> int:
@@ -92,6 +95,8 @@ class Estimate:
             ("FLOPs a step", f"{self.flops:.3g}"),
             ("  of which the memory", f"{self.memory_share:.1%}"),
         ]
+        if self.refresh_flops:
+            rows.append(("    of which refreshing", f"{self.refresh_flops / self.flops:.1%}"))
         return [f"{name:<34}{value:>16}" for name, value in rows]
 
 
@@ -151,9 +156,15 @@ def estimate(
     local = 4 * tokens * heads * reach * width * layers
     scored = 2 * tokens * heads * memory.size * width * memory_layers
     retrieved = 4 * tokens * heads * memory.top_k * width * memory_layers
+    refreshed = 0.0
+    if memory.refresh_every_n_steps and memory_layers:
+        # A refresh reads M / N segments, up to the last memory layer, whose own memory it leaves.
+        below = (config.memory_layers[-1] + 1) / layers
+        one = (2 * tokens * (dense - vocab * config.d_model) + local) * below
+        one += scored * (memory_layers - 1) / memory_layers
+        refreshed = one * memory.size / segment / memory.refresh_every_n_steps
 
-    element = torch.empty(0, dtype=STORAGE_DTYPES[memory.dtype]).element_size()
-    slot = 2 * groups * width * element + BOOKKEEPING
+    slot = slot_bytes(STORAGE_DTYPES[memory.dtype], groups, width)
     memory_bytes = rows * memory.size * slot * memory_layers
     cache_bytes = rows * config.xl_cache * 2 * groups * width * 4 * layers
 
@@ -186,5 +197,6 @@ def estimate(
         model_flops=3.0 * (2 * tokens * dense + local),
         search_flops=float(scored),
         attention_flops=2.0 * retrieved,
+        refresh_flops=refreshed,
         checkpoint_bytes=weight_bytes + optimizer_bytes + memory_bytes + cache_bytes,
     )

@@ -28,6 +28,7 @@ from .callbacks import (
     RetrievalHistograms,
     RetrievalLogging,
     RetrievalSamples,
+    StalenessControl,
     StalenessLogging,
     StepTiming,
     Throughput,
@@ -90,6 +91,7 @@ class MemorizingLM(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Clearing and logging come with the module, unless the trainer has them."""
+        # In the order that they act before a step: throughput counts what a refresh costs.
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
         often, seldom = self.staleness_every_n_steps, self.inspect_every_n_steps
         wanted = [
@@ -101,6 +103,7 @@ class MemorizingLM(LightningModule):
             RetrievalSamples(seldom),
             *([LossByPosition()] if seldom else []),
             Throughput(),
+            StalenessControl(),
         ]
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 

@@ -77,7 +77,8 @@ def final_report(trainer: Any, module: MemorizingLM, datamodule: LightningDataMo
     """Evaluate, print the table and keep it as ``report.json`` in the run's folder."""
     throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
     speed = throughput.tokens / throughput.seconds if throughput.seconds else 0.0
-    folder = trainer.log_dir or trainer.default_root_dir
+    log_dir = trainer.log_dir  # a collective, so not to be asked for on one rank alone
+    folder = log_dir or trainer.default_root_dir
     checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or getattr(
         trainer.checkpoint_callback, "best_model_path", ""
     )
@@ -101,6 +102,6 @@ def final_report(trainer: Any, module: MemorizingLM, datamodule: LightningDataMo
     console.print(f"training: {speed:,.0f} tokens/s, {throughput.seconds / 60:.1f} minutes")
     console.print(f"checkpoint: {checkpoint or 'none'}", soft_wrap=True)
     console.print(f"curves: tensorboard --logdir {Path(folder).parent}", soft_wrap=True)
-    if trainer.log_dir:
+    if log_dir:
         record = {"rows": rows, "tokens_per_second": speed, "seconds": throughput.seconds}
         Path(folder, "report.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -28,12 +28,14 @@ class Search(Protocol):
         """Find ``top_k`` neighbours of queries (B, G, Q, D) in their own row and head."""
 
 
-def make_search(name: str, recall_target: float = 0.95) -> Search:
+def make_search(name: str, recall_target: float = 0.95, score_bytes: int | None = None) -> Search:
     """The backend of that name.
 
     Args:
         name: one of ``SEARCHES``.
         recall_target: expected share of the true neighbours, for approximate searches.
+        score_bytes: bytes of scores that ``exact`` and ``bucketed`` may hold at once; None for what
+            suits the device.
 
     Raises:
         ImportError: where a faiss search is asked for and faiss is not installed.
@@ -47,11 +49,11 @@ def make_search(name: str, recall_target: float = 0.95) -> Search:
     if name == "reference":
         return reference_search
     if name == "exact":
-        return ExactSearch()
+        return ExactSearch(score_bytes)
     if name == "bucketed":
-        return BucketedSearch(recall_target)
+        return BucketedSearch(recall_target, score_bytes)
     if name == "auto":
-        return AutoSearch(recall_target)
+        return AutoSearch(recall_target, score_bytes)
     if name in FAISS_KINDS:
         from .indexes import FaissSearch
 

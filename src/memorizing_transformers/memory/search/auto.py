@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..ring import Memory
 from . import Neighbours, Search, make_search
+from .bucketed import QUANTIZED_SLOTS, ROUGH_SLOTS
+from .quantized import has_fast_int8
 
 logger = logging.getLogger(__name__)
 
-EXACT_UP_TO = {"cpu": 32768, "cuda": 8192}
+EXACT_UP_TO = {"cpu": QUANTIZED_SLOTS if has_fast_int8() else ROUGH_SLOTS, "cuda": 8192}
 """Slots up to which an exact search costs about as much as an approximate one; measured on a CPU,
 not yet on a GPU."""
 SCAN_UP_TO = 2**20
@@ -51,10 +53,12 @@ class AutoSearch:
 
     Args:
         recall_target: expected share of the true neighbours, for approximate searches.
+        score_bytes: bytes of scores that may live at once; None for what suits the device.
     """
 
-    def __init__(self, recall_target: float = 0.95) -> None:
+    def __init__(self, recall_target: float = 0.95, score_bytes: int | None = None) -> None:
         self.recall_target = recall_target
+        self.score_bytes = score_bytes
         self.choice: Choice | None = None
         self._search: Search | None = None
 
@@ -62,6 +66,6 @@ class AutoSearch:
         if self._search is None:
             batch, groups, size, _ = memory.keys.shape
             self.choice = choose_search(memory.keys.device.type, size, batch, groups)
-            self._search = make_search(self.choice.name, self.recall_target)
+            self._search = make_search(self.choice.name, self.recall_target, self.score_bytes)
             logger.info("memory search: %s (%s)", *self.choice)
         return self._search(queries, memory, top_k)

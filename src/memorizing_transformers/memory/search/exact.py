@@ -1,4 +1,8 @@
-"""Exact search: every slot scored in fp32, in bounded memory."""
+"""Exact search: every slot scored in fp32, in bounded memory.
+
+Exact over the keys as they are stored: what bfloat16 or int8 lost of a key when it was written is
+lost to every search.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ For each row and head: scores of a chunk of queries against a span of slots, blo
 block's scores folded to the maxima of its buckets while they are still in the cache. Which members
 of the best buckets to look at afterwards is all that sets the two searches apart.
 
-A bucket's members stand evenly over their block, so neighbours in the text never share one.
+A bucket's members stand evenly over their block, an odd number of slots apart.
 
 Shapes: n queries of one chunk, M slots of one head in use, D head width, K neighbours.
 """
@@ -36,6 +36,15 @@ def num_blocks(count: int, width: int) -> int:
     return -(-count * width // BLOCK_SCORES)
 
 
+def apart(stride: int) -> int:
+    """A distance of a bucket's members, at least ``stride``, that suits keys from a text.
+
+    Tokens at the same place of different segments lack the same context, so their keys resemble
+    each other: an odd number keeps apart what lies a power of two apart.
+    """
+    return stride | 1
+
+
 @dataclass
 class HostScan:
     """How a memory is scanned.
@@ -61,30 +70,33 @@ class HostScan:
         room = self.score_bytes // 4
         chunk = max(1, min(count, QUERIES_PER_THREAD * torch.get_num_threads(), room))
         scratch = torch.empty(0, dtype=self.dtype)
-        for row, used in enumerate(memory.fill.tolist()):
+        for row, (used, held) in enumerate(memory.retrievable()):
             if not used:
                 continue
             found = min(top_k, used)
             valid[row, ..., :found] = True
             if self.buckets is None and groups * count * used <= min(AT_ONCE, room):
-                scores = queries[row].float() @ memory.keys[row, :, :used].float().mT
-                slots[row, ..., :found] = largest(scores, found)[1]
+                scores = queries[row].float() @ memory.keys_at((row, slice(None), held)).mT
+                chosen = largest(scores, found)[1]
+                slots[row, ..., :found] = chosen if isinstance(held, slice) else held[chosen]
                 continue
             span = max(1, min(used, room // chunk))
             members = members_for(found)
             if self.buckets is not None:
                 members = max(1, min(MOST_MEMBERS, used // self.buckets))
-            # The last block of a span may be padded to a whole one.
-            needed = chunk * (span + members * num_blocks(chunk, span))
+            # Strides are rounded up, and the last block of a span may be padded to a whole one.
+            needed = chunk * (span + 2 * members * num_blocks(chunk, span))
             if scratch.numel() < needed:
                 scratch = torch.empty(needed, dtype=self.dtype)
             for head in range(groups):
-                keys = memory.keys[row, head, :used].to(self.dtype)
+                keys = memory.keys_at((row, head, held), self.dtype)
                 for start in range(0, count, chunk):
                     part = slice(start, start + chunk)
                     own = queries[row, head, part].to(self.dtype)
                     chosen = self._search(own, keys.split(span), found, members, scratch)
+                    chosen = chosen if isinstance(held, slice) else held[chosen]
                     slots[row, head, part, :found] = chosen
+                del keys  # before the next head's are made
         return Neighbours(slots, valid)
 
     def _search(
@@ -117,6 +129,8 @@ class HostScan:
         """Scores and places (n, min(top_k, span)) of the best keys (span, D)."""
         count, width = queries.shape[0], keys.shape[0]
         stride = -(-width // (num_blocks(count, width) * members))
+        if self.buckets is not None:
+            stride = apart(stride)
         block = stride * members
         blocks = -(-width // block)
         padded = blocks * block

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import faiss as _faiss
@@ -46,6 +46,24 @@ class SubIndex:
     first: int
     last: int
     effort: int
+
+
+class Head(NamedTuple):
+    """The keys of one row and head; pair ``i`` since the row's reset lies in slot ``i % M``."""
+
+    memory: Memory
+    row: int
+    head: int
+
+    def keys(self, first: int, last: int) -> NDArray[Any]:
+        """Keys (last - first, D) of consecutive pairs, in fp32 and in order."""
+        size = self.memory.size
+        start, stop = first % size, (last - 1) % size + 1
+        spans = [(start, stop)] if start < stop else [(start, size), (0, stop)]
+        parts = [
+            self.memory.keys_at((self.row, self.head, slice(*span))).cpu().numpy() for span in spans
+        ]
+        return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
 @dataclass
@@ -87,48 +105,54 @@ class FaissSearch:
         if queues is None:
             queues = [[Queue() for _ in range(groups)] for _ in range(batch)]
             self._queues[memory] = queues
-        state = (memory.written, memory.origin, memory.document)
-        for row, (written, origin, document) in enumerate(
+        state = (memory.written - memory.origin, memory.fill, memory.document)
+        for row, (used, fill, document) in enumerate(
             zip(*(x.tolist() for x in state), strict=True)
         ):
-            used = written - origin
             for head in range(groups):
-                if not used:
+                if not fill:
                     continue
                 queue = queues[row][head]
                 if queue.document != document:
                     queue.sealed.clear()
                     queue.document, queue.asked = document, None
                 found = self._search_head(
-                    asked[row, head], memory.keys[row, head], queue, used, top_k
+                    asked[row, head], Head(memory, row, head), queue, used, used - fill, top_k
                 )
                 slots[row, head], valid[row, head] = np.maximum(found, 0) % memory.size, found >= 0
         device = queries.device
         return Neighbours(torch.from_numpy(slots).to(device), torch.from_numpy(valid).to(device))
 
     def _search_head(
-        self, queries: NDArray[Any], ring: Tensor, queue: Queue, used: int, top_k: int
+        self,
+        queries: NDArray[Any],
+        ring: Head,
+        queue: Queue,
+        used: int,
+        oldest: int,
+        top_k: int,
     ) -> NDArray[Any]:
         """Numbers (n, top_k) of the best pairs, best first, -1 where there are no more.
 
         Args:
             queries: (n, D) fp32.
-            ring: (M, D) keys; pair ``i`` lies in slot ``i % M``.
+            ring: the keys.
             queue: what is sealed of them.
             used: pairs written, counted as the slots are.
+            oldest: the first of them that can be retrieved.
             top_k: neighbours a query.
         """
-        size = ring.shape[0]
-        oldest = max(0, used - size)
+        size = ring.memory.size
         while queue.sealed and queue.sealed[0].last <= oldest:
             queue.sealed.popleft()
         run = max(SHORTEST_RUN, size // RUNS)
-        while self.kind != "flat" and used - max(queue.last, oldest) >= run:
+        # Keys ask more easily than queries do: who knows none yet, as after a resume, scans once.
+        while queue.asked is not None and used - max(queue.last, oldest) >= run:
             first = max(queue.last, oldest)
-            keys = _pairs(ring, first, first + run)
-            asked = _sample(keys) if queue.asked is None else queue.asked
-            queue.sealed.append(self._seal(keys, first, asked, top_k))
-        queue.asked = _sample(queries)
+            keys = ring.keys(first, first + run)
+            queue.sealed.append(self._seal(keys, first, queue.asked, top_k))
+        if self.kind != "flat":
+            queue.asked = _sample(queries)
         scores, numbers = [], []
         for part in queue.sealed:
             value, number = self._ask(part, queries, top_k, max(oldest, part.first))
@@ -137,7 +161,7 @@ class FaissSearch:
         rest = max(queue.last, oldest)
         if rest < used:
             value, number = faiss.knn(
-                queries, _pairs(ring, rest, used), top_k, metric=faiss.METRIC_INNER_PRODUCT
+                queries, ring.keys(rest, used), top_k, metric=faiss.METRIC_INNER_PRODUCT
             )
             scores.append(value)
             numbers.append(np.where(number >= 0, number + rest, -1))
@@ -189,11 +213,3 @@ def _sample(vectors: NDArray[Any]) -> NDArray[Any]:
     """Some of the vectors (n, D), evenly spread."""
     spread = np.linspace(0, len(vectors) - 1, min(CALIBRATION_QUERIES, len(vectors)))
     return np.ascontiguousarray(vectors[spread.astype(int)])
-
-
-def _pairs(ring: Tensor, first: int, last: int) -> NDArray[Any]:
-    """Keys (last - first, D) of consecutive pairs, in fp32 and in order."""
-    size = ring.shape[0]
-    start, stop = first % size, (last - 1) % size + 1
-    keys = ring[start:stop] if start < stop else torch.cat([ring[start:], ring[:stop]])
-    return np.ascontiguousarray(keys.float().cpu().numpy())

@@ -37,7 +37,7 @@ def measured_recall(
     scores = []
     for slots, valid in (truth, found):
         safe = slots.masked_fill(~valid, 0)
-        score = dots(asked.float(), Rows(memory.keys, safe, valid))
+        score = dots(asked.float(), Rows(memory.keys, safe, valid, memory.key_scales))
         scores.append(score.masked_fill(~valid, -torch.inf))
     wanted = truth.valid.sum(-1)
     least = scores[0].masked_fill(~truth.valid, torch.inf).amin(-1, keepdim=True)

@@ -11,7 +11,7 @@ from . import Neighbours
 
 def reference_search(queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
     """Score every slot in fp32, mask the empty ones, take the best ``top_k``."""
-    scores = queries.float() @ memory.keys.float().transpose(-1, -2)
+    scores = queries.float() @ memory.keys_at(...).transpose(-1, -2)
     scores = scores.masked_fill(~memory.valid()[:, None, None, :], -torch.inf)
     best = scores.topk(top_k, dim=-1)
     return Neighbours(slots=best.indices, valid=best.values > -torch.inf)

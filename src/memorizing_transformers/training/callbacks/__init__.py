@@ -1,4 +1,4 @@
-"""What happens around a step: clearing, looking at the memory, timing, predictions."""
+"""What happens around a step: clearing, looking at the memory, acting on staleness, timing."""
 
 from .clearing import MemoryClearing
 from .figures import LossByPosition
@@ -6,6 +6,7 @@ from .predictions import PredictionWriter
 from .retrieval import RetrievalHistograms, RetrievalLogging
 from .samples import RetrievalSamples
 from .staleness import StalenessLogging
+from .staleness_control import StalenessControl
 from .throughput import Throughput
 from .timing import StepTiming
 
@@ -16,6 +17,7 @@ __all__ = [
     "RetrievalHistograms",
     "RetrievalLogging",
     "RetrievalSamples",
+    "StalenessControl",
     "StalenessLogging",
     "StepTiming",
     "Throughput",

@@ -52,7 +52,7 @@ def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> d
         before = tokens[(slots - segment) % memory.size][None]
         fresh.commit(net(before, fresh).pairs)
     new = net(tokens[slots][None], fresh).pairs[layer][0][0].float()
-    stored = memory.keys[row][:, slots].float()
+    stored = memory.keys_at((slice(row, row + 1), slice(None), slots))[0]
     norms = stored.norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-6)
     return {
         "key_cosine": torch.cosine_similarity(stored, new, dim=-1).mean().item(),

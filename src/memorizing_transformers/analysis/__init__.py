@@ -1,0 +1,1 @@
+"""Looking inside a trained model: what its memory retrieved, and what that was worth."""

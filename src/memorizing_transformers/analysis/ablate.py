@@ -1,0 +1,203 @@
+"""Runs a plan: each variant once with each seed, side by side if told so, never twice."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from ..errors import UserError
+from .outcome import write_outcome
+from .plan import Plan, resolve
+from .trial import Trial, read_json, run_trial
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 30
+"""How long a worker may take to leave when it is told to."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
+                    "RAYON_NUM_THREADS")  # fmt: skip
+
+
+def make_trials(plan: Plan) -> list[Trial]:
+    """Every trial, those first that others start from, each noted in its folder.
+
+    Raises:
+        UserError: where a config cannot work, or a folder holds a trial of another config.
+    """
+    out, trials, asked = Path(plan.out), [], []
+    order = sorted(plan.variants, key=lambda variant: _depth(plan, variant.name))
+    configs = {variant.name: resolve(plan, variant, plan.seeds[0]) for variant in order}
+    for seed in plan.seeds:
+        for variant in order:
+            folder = out / variant.name / f"seed-{seed}"
+            settings = plan.settings(variant, seed)
+            resolved = {**configs[variant.name], **settings}
+            limits = {k: resolved[k] for k in ("trainer.max_steps", "trainer.max_time")}
+            source = None if variant.source is None else out / variant.source / f"seed-{seed}"
+            trial = Trial(
+                variant=variant.name,
+                seed=seed,
+                folder=str(folder),
+                base=plan.base,
+                settings=settings,
+                limits={key: value for key, value in limits.items() if value is not None},
+                train=variant.run == "train",
+                source=None if source is None else str(source),
+                split=plan.split,
+            )
+            _check_unchanged(trial, resolved)
+            trials.append(trial)
+            asked.append(resolved)
+    for trial, resolved in zip(trials, asked, strict=True):
+        trial.save(resolved)
+    return trials
+
+
+def _depth(plan: Plan, name: str) -> int:
+    source = plan.variant(name).source
+    return 0 if source is None else 1 + _depth(plan, source)
+
+
+def _check_unchanged(trial: Trial, resolved: dict[str, Any]) -> None:
+    noted = read_json(trial.path / "trial.json")
+    if noted is None:
+        return
+    now = {"train": trial.train, "source": trial.source, "split": trial.split, **resolved}
+    before = {**{key: noted[key] for key in ("train", "source", "split")}, **noted["resolved"]}
+    changed = [key for key in now if now[key] != before.get(key)]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"variants.{trial.variant}: {key} = {now[key]!r}, but {trial.folder} was begun with "
+            f"{before.get(key)!r}; give another --out, or delete that folder"
+        )
+
+
+class Runner:
+    """Runs trials, as many at once as there are jobs.
+
+    Args:
+        trials: those first that others start from.
+        jobs: processes at once; 0 runs the trials one after the other in this process.
+        threads: of each process; None shares the processors out.
+    """
+
+    def __init__(self, trials: list[Trial], jobs: int, threads: int | None) -> None:
+        self.trials = trials
+        self.jobs = jobs
+        self.threads = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
+        self._running: dict[str, tuple[Trial, subprocess.Popen[bytes]]] = {}
+
+    def run(self) -> None:
+        """Run what is not finished; a trial that fails is noted and the others go on."""
+        finished = {trial.folder for trial in self.trials if trial.result is not None}
+        waiting = [trial for trial in self.trials if trial.folder not in finished]
+        for trial in waiting:
+            (trial.path / "failed.json").unlink(missing_ok=True)
+        total = len(self.trials)
+        with tqdm(total=total, initial=len(finished), unit="run", desc="ablate") as bar:
+            try:
+                while waiting or self._running:
+                    waiting = self._start_ready(waiting, finished, bar)
+                    if self._running:
+                        time.sleep(POLL_SECONDS)
+                        self._collect(finished, bar)
+                    bar.set_postfix_str(self._stand())
+            finally:
+                self._stop()
+
+    def _start_ready(self, waiting: list[Trial], finished: set[str], bar: Any) -> list[Trial]:
+        left = []
+        for trial in waiting:
+            if trial.source is not None and trial.source not in finished:
+                left.append(trial)
+            elif trial.source is not None and read_json(Path(trial.source, "failed.json")):
+                trial.fail(f"the weights it starts from are missing: {trial.source} failed")
+                self._end(trial, finished, bar)
+            elif self.jobs == 0:
+                bar.set_postfix_str(f"{trial.variant} seed {trial.seed}")
+                self._here(trial)
+                self._end(trial, finished, bar)
+            elif len(self._running) < self.jobs:
+                self._running[trial.folder] = (trial, self._worker(trial))
+            else:
+                left.append(trial)
+        return left
+
+    def _worker(self, trial: Trial) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))}
+        command = [sys.executable, "-m", f"{__package__}.worker", trial.folder]
+        with (trial.path / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    @staticmethod
+    def _here(trial: Trial) -> None:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                run_trial(trial)
+        except Exception:
+            logging.getLogger(__name__).debug("%s", trial.folder, exc_info=True)
+        finally:
+            with (trial.path / "log.txt").open("a") as log:
+                log.write(said.getvalue())
+
+    def _collect(self, finished: set[str], bar: Any) -> None:
+        for folder, (trial, process) in list(self._running.items()):
+            if process.poll() is None:
+                continue
+            del self._running[folder]
+            if trial.result is None and trial.failure is None:
+                trial.fail(f"its process ended with code {process.returncode}, see log.txt")
+            self._end(trial, finished, bar)
+
+    @staticmethod
+    def _end(trial: Trial, finished: set[str], bar: Any) -> None:
+        finished.add(trial.folder)
+        bar.update()
+        if trial.failure is not None:
+            bar.write(f"{trial.variant} seed {trial.seed} failed: {trial.failure}")
+
+    def _stand(self) -> str:
+        parts = []
+        for trial, _ in self._running.values():
+            at = read_json(trial.path / "progress.json")
+            steps = "" if at is None else f" {at['step']}/{at['of']}"
+            parts.append(f"{trial.variant} seed {trial.seed}{steps}")
+        return ", ".join(parts)
+
+    def _stop(self) -> None:
+        for _, process in self._running.values():
+            process.terminate()
+        for _, process in self._running.values():
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._running = {}
+
+
+def run_plan(plan: Plan, jobs: int = 1, threads: int | None = None) -> Path:
+    """Run what is left of a plan and write its table; returns the folder.
+
+    Raises:
+        UserError: where the plan cannot work, before anything runs.
+    """
+    trials = make_trials(plan)
+    try:
+        with FileLock(Path(plan.out) / ".lock", timeout=0):
+            Runner(trials, jobs, threads).run()
+            write_outcome(plan, trials)
+    except Timeout as error:
+        raise UserError(f"out = {plan.out!r}: another ablate is at work there") from error
+    return Path(plan.out)

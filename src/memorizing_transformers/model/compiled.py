@@ -1,0 +1,32 @@
+"""Compiling the dense parts of a model: what has fixed shapes and reads no memory.
+
+A memory fills, and what is found in it changes from step to step: search, attention over what was
+found, and commit stay as they are. Compiled are methods and not modules, so the names of weights
+stay as they are too, and a copy of a module works on its own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import torch
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@cache
+def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(method, dynamic=False)
+
+
+def dense(method: Method) -> Method:
+    """A module's method, compiled where the module's ``compile_dense`` is True."""
+
+    @wraps(method)
+    def run(self: Any, *arguments: Any) -> Any:
+        chosen = _compiled(method) if self.compile_dense else method
+        return chosen(self, *arguments)
+
+    return run  # type: ignore[return-value]

@@ -1,0 +1,136 @@
+"""Plans: what is refused before anything runs, and variants that differ in what they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from memorizing_transformers.__main__ import main
+from memorizing_transformers.analysis.plan import build, check, load_plan, resolve
+from memorizing_transformers.errors import UserError
+from memorizing_transformers.model import Transformer
+
+ROOT = Path(__file__).parent.parent.parent
+PLANS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
+GOOD: dict[str, Any] = {
+    "budget": {"tokens": 640},
+    "variants": [{"name": "small", "overrides": {"model.memory.size": 8}}],
+}
+
+
+def variant(**fields: Any) -> dict[str, Any]:
+    return {"variants": [{"name": "x", **fields}]}
+
+
+def write(path: Path, base: Path, /, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump({"base": str(base), **GOOD, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variants": []}, "variants = []"),
+        ({"varaints": []}, "varaints"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"budget": {}}, "budget"),
+        ({"budget": {"tokens": 10, "minutes": 1}}, "budget"),
+        ({"budget": {"tokens": 0}}, "budget"),
+        ({"budget": {"hours": 1}}, "hours"),
+        ({"budget": {"tokens": 10}}, "less than one step (64)"),
+        ({"seeds": [0, 0]}, "seeds"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"split": "train"}, "split"),
+        ({"overrides": {"data.seed": 3}}, "data.seed"),
+        (variant(overides={}), "overides"),
+        (variant(overrides={"model.memory.sise": 8}), "model.memory.size"),
+        (variant(overrides={"model.memory.size": -1}), "model.memory.size = -1"),
+        (variant(overrides={"model.memory.size": "many"}), "many"),
+        (variant(overrides={"model.memory.size": 2}), "model.memory.top_k"),
+        (variant(overrides={"trainer.max_steps": 9}), "trainer.max_steps"),
+        (variant(run="test"), "run"),
+        (variant(**{"from": "nobody"}), "nobody"),
+        (variant(**{"from": "x"}), "circle"),
+        (variant(budget={"tokens": 640}), "budget"),
+        ({"variants": [{"name": "base"}]}, "base"),
+        ({"variants": [{"name": "x"}, {"name": "x"}]}, "twice"),
+        ({"variants": [{"name": "../x"}]}, "../x"),
+        ({"variants": [{"overrides": {}}]}, "name"),
+    ],
+)
+def test_bad_plans_are_refused_before_anything_runs(
+    changes: dict[str, Any],
+    said: str,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = write(tmp_path / "plan.yaml", base, **changes)
+    command = ["ablate", "--plan", str(plan), "--jobs", "0", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["memorizing_transformers", *command])
+    with pytest.raises(SystemExit) as left:
+        main()
+    error = capsys.readouterr().err
+    assert left.value.code == 2
+    assert len(error.strip().splitlines()) == 1
+    assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_overrides_of_the_command_lie_over_the_plans_own(base: Path, tmp_path: Path) -> None:
+    plan = write(tmp_path / "plan.yaml", base, overrides={"model.d_model": 32, "model.d_ff": 16})
+    loaded = load_plan(plan, {"model.d_ff": 24})
+    resolved = check(loaded)["small"]
+    assert (resolved["model.d_model"], resolved["model.d_ff"]) == (32, 24)
+    assert resolved["model.memory.size"] == 8
+
+
+def test_a_budget_of_minutes_limits_the_time(base: Path, tmp_path: Path) -> None:
+    loaded = load_plan(write(tmp_path / "plan.yaml", base, budget={"minutes": 90.5}))
+    assert check(loaded)["small"]["trainer.max_time"] == "00:01:30:30"
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_variants_build_and_differ_from_the_base_in_what_they_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(path)
+    base: dict[str, Any] = {}
+    for one in plan.variants:
+        cli, config = build(plan, one, plan.seeds[0])
+        base = base or config
+        assert config.keys() == base.keys()
+        changed = {key for key in config if config[key] != base[key]}
+        # A budget of tokens is fewer steps where a step reads more of them, or the budget is less.
+        allowed = {"trainer.max_steps"} if one.budget is not None else set()
+        assert changed - allowed <= set(one.overrides), one.name
+        assert changed or not one.overrides, one.name
+        cli.model.config.vocab_size = 512
+        with torch.device("meta"):
+            Transformer(cli.model.config)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_header_names_the_command(path: Path) -> None:
+    command = f"ablate --plan {path.relative_to(ROOT).as_posix()}"
+    assert command in path.read_text()
+
+
+def test_seeds_move_weights_and_document_order_alone(base: Path, tmp_path: Path) -> None:
+    plan = load_plan(write(tmp_path / "plan.yaml", base, seeds=[0, 1]))
+    one, other = (resolve(plan, plan.variants[1], seed) for seed in plan.seeds)
+    assert {k for k in one if one[k] != other[k]} == {"seed_everything", "data.seed"}
+
+
+def test_an_unreadable_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        load_plan(tmp_path / "nowhere.yaml")
+    (tmp_path / "plan.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="no YAML"):
+        load_plan(tmp_path / "plan.yaml")

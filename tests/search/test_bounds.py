@@ -1,0 +1,76 @@
+"""How much memory a search takes beside what it is given and what it returns."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from memorizing_transformers.memory import Memory, make_search
+from memorizing_transformers.memory.search import bucketed
+from memorizing_transformers.model import ModelConfig, Transformer
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within and still live, and their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def storages(values: Any) -> list[Any]:
+            return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}
+        made = func(*args, **(kwargs or {}))
+        for storage in storages(made):
+            if storage.data_ptr() in given or storage in self._seen:
+                continue
+            self._seen.add(storage)
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self._free, storage.nbytes())
+        return made
+
+    def _free(self, count: int) -> None:
+        self.live -= count
+
+
+ROWS, HEADS, QUERIES, SLOTS, WIDTH, TOP_K = 2, 2, 256, 32768, 16, 8
+
+
+def peak(name: str, score_bytes: int, dtype: torch.dtype) -> int:
+    memory = Memory(ROWS, HEADS, SLOTS, WIDTH, dtype)
+    memory.write(*torch.randn(2, ROWS, HEADS, SLOTS, WIDTH))
+    queries = torch.randn(ROWS, HEADS, QUERIES, WIDTH)
+    with Peak() as measured:
+        make_search(name, score_bytes=score_bytes)(queries, memory, TOP_K)
+    return measured.most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("name", ["exact", "bucketed, int8", "bucketed, bf16"])
+def test_scores_stay_within_their_bound(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucketed, "has_fast_int8", lambda: "int8" in name)
+    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: True)
+    outcome = ROWS * HEADS * QUERIES * TOP_K * 16
+    keys_of_a_head = SLOTS * WIDTH * (4 if dtype == torch.int8 else 2)
+    whole = ROWS * HEADS * QUERIES * SLOTS * 4
+    for bound in (2**20, 2**22):
+        most = peak(name.split(",")[0], bound, dtype)
+        assert most < 1.5 * bound + 1.5 * keys_of_a_head + 2 * outcome < whole / 4
+
+
+def test_the_bound_is_a_setting() -> None:
+    for search in ("exact", "bucketed", "auto"):
+        settings = {"search": search, "search_bytes": 12345}
+        model = Transformer(ModelConfig(vocab_size=5, num_layers=1, memory=settings))  # type: ignore[arg-type]
+        assert model.layers[0].attention.search.score_bytes == 12345
