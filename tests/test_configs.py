@@ -15,7 +15,7 @@ from memorizing_transformers.training.optimizers import make_optimizer, make_sch
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "ablations")
-"""All but plans, which tests/analysis/test_plan.py builds."""
+"""All but plans, which tests/analysis/test_ablation_plan.py builds."""
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 T5_SMALL_VOCABULARY = 32_100
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32"]
