@@ -159,7 +159,7 @@ class LossByPosition(Callback):
         self._sums.sums = sums.cpu()
         if not self._sums.sums[0].any():
             return
-        pl_module.log("memory/gain_bits_per_token", self._sums.gain)
+        pl_module.log("memory/gain_bits_per_token", self._sums.gain, sync_dist=True)
         writers = tensorboards(trainer)
         if writers:
             self._harmless(lambda: self._write(writers, trainer, pl_module))
