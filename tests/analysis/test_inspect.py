@@ -76,6 +76,7 @@ def test_a_saved_model_will_do_and_options_count(
     assert lines[30]["retrieved"].keys() == {"20", "100"}
     assert lines[9]["retrieved"]["20"]  # segments as long as the XL cache
     options = ["--segment_length", 40, "--retrieved", 2, "--memory_sizes", "64"]
+    options += ["--device", "cuda:0" if torch.cuda.is_available() else "cpu"]
     call(monkeypatch, *common, "--out", tmp_path / "two", *options)
     lines = lines_of(tmp_path / "two")
     assert not lines[40]["retrieved"]["64"]
@@ -150,13 +151,3 @@ def test_every_mistake_is_told_in_one_line(
         assert line.startswith("error: "), name
         assert re.search(expected, line), (name, line)
     assert not (out / "index.html").exists()
-
-
-def test_the_device_is_moved_to(
-    checkpoint: Path, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    where = "cuda:0" if torch.cuda.is_available() else "cpu"
-    out = tmp_path / "report"
-    options = ["--document", document, "--out", out, "--device", where]
-    call(monkeypatch, "--ckpt_path", checkpoint, *options)
-    assert (out / "index.html").exists()

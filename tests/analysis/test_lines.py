@@ -20,7 +20,7 @@ def read_lines(report: Report, path: Path) -> list[dict]:
 
 def test_every_token_has_its_line(tmp_path: Path) -> None:
     text = HOSTILE * (2 * BLOCK // len(HOSTILE) + 1)
-    report = report_on(text, small_model(), (32, 64))
+    report = report_on(text, small_model(), (32, 64), segment=128)
     lines = read_lines(report, tmp_path / "lines")
     assert [line["index"] for line in lines] == list(range(len(report.tokens)))
     assert [line["id"] for line in lines] == report.tokens.ids.tolist()

@@ -103,10 +103,10 @@ def test_the_same_report_gives_the_same_page(hostile: Report, page: str) -> None
 
 
 def test_a_page_stays_within_its_size() -> None:
-    report = report_on(HOSTILE * 9, small_model(layers=[0, 1]), retrieved=4)
+    report = report_on(HOSTILE * 3, small_model(layers=[0, 1]), retrieved=4, segment=64)
     whole = render(report)
-    smaller = render(report, len(whole) - 30_000)
-    assert len(smaller) <= len(whole) - 30_000
+    smaller = render(report, len(whole) - 12_000)
+    assert len(smaller) <= len(whole) - 12_000
 
 
 @pytest.mark.parametrize(

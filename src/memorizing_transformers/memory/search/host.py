@@ -27,8 +27,10 @@ BLOCK_SCORES = 2**19
 """Scores of a block: what stays in the inner caches between product and maximum."""
 AT_ONCE = 2**20
 """Up to so many scores in a row, all its heads are searched at once."""
-QUERIES_PER_THREAD = 64
+QUERIES_PER_THREAD = 128
 """Queries of a chunk: as many as keep the matrix product fast, for scores must stay in cache."""
+STAGGER = 64
+"""Unused scores between rows, which a power of two apart would crowd the same lines of a cache."""
 
 
 def num_blocks(count: int, width: int) -> int:
@@ -85,7 +87,7 @@ class HostScan:
             if self.buckets is not None:
                 members = max(1, min(MOST_MEMBERS, used // self.buckets))
             # Strides are rounded up, and the last block of a span may be padded to a whole one.
-            needed = chunk * (span + 2 * members * num_blocks(chunk, span))
+            needed = chunk * (span + 2 * members * num_blocks(chunk, span) + STAGGER)
             if scratch.numel() < needed:
                 scratch = torch.empty(needed, dtype=self.dtype)
             for head in range(groups):
@@ -135,7 +137,7 @@ class HostScan:
         blocks = -(-width // block)
         padded = blocks * block
         top_k = min(top_k, width)
-        scores = scratch[: count * padded].view(count, padded)
+        scores = scratch[: count * (padded + STAGGER)].view(count, -1)[:, :padded]
         maxima = torch.empty(count, blocks, stride, dtype=scores.dtype)
         scores[:, width:] = -torch.inf
         for index in range(blocks):

@@ -28,7 +28,7 @@ BLOCK = 4096
 MOST_BUCKETS = 16384
 """Buckets of a head, as long as they need no more than ``MOST_MEMBERS`` each."""
 MOST_MEMBERS = 8
-SPARE = 4
+SPARE = 2
 """One spare bucket for every so many neighbours makes up for ranks that the rounding confuses."""
 NARROW = 512
 """Up to this width numpy sorts rows of int32 many times as fast as wider ones."""
