@@ -22,17 +22,7 @@ from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
-from .callbacks import (
-    LossByPosition,
-    MemoryClearing,
-    RetrievalHistograms,
-    RetrievalLogging,
-    RetrievalSamples,
-    StalenessControl,
-    StalenessLogging,
-    StepTiming,
-    Throughput,
-)
+from .callbacks import MemoryClearing, standard_callbacks
 from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
 from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .metrics import language_model_metrics
@@ -91,20 +81,8 @@ class MemorizingLM(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Clearing and logging come with the module, unless the trainer has them."""
-        # In the order that they act before a step: throughput counts what a refresh costs.
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
-        often, seldom = self.staleness_every_n_steps, self.inspect_every_n_steps
-        wanted = [
-            MemoryClearing(),
-            RetrievalLogging(often),
-            StalenessLogging(often),
-            StepTiming(often),
-            RetrievalHistograms(seldom),
-            RetrievalSamples(seldom),
-            *([LossByPosition()] if seldom else []),
-            Throughput(),
-            StalenessControl(),
-        ]
+        wanted = standard_callbacks(self.staleness_every_n_steps, self.inspect_every_n_steps)
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 
     def setup(self, stage: str) -> None:

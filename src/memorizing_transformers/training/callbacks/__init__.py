@@ -1,5 +1,9 @@
 """What happens around a step: clearing, looking at the memory, acting on staleness, timing."""
 
+from __future__ import annotations
+
+from lightning.pytorch import Callback
+
 from .clearing import MemoryClearing
 from .figures import LossByPosition
 from .predictions import PredictionWriter
@@ -21,4 +25,27 @@ __all__ = [
     "StalenessLogging",
     "StepTiming",
     "Throughput",
+    "standard_callbacks",
 ]
+
+
+def standard_callbacks(often: int, seldom: int) -> list[Callback]:
+    """What every run has, in the order that they act before a step: throughput counts what a
+    refresh costs.
+
+    Args:
+        often: training steps between two measurements of what is logged as scalars; 0 for never.
+        seldom: training steps between two histograms and sample retrievals; with 0 there are none,
+            nor is loss drawn by position.
+    """
+    return [
+        MemoryClearing(),
+        RetrievalLogging(often),
+        StalenessLogging(often),
+        StepTiming(often),
+        RetrievalHistograms(seldom),
+        RetrievalSamples(seldom),
+        *([LossByPosition()] if seldom else []),
+        Throughput(),
+        StalenessControl(),
+    ]
