@@ -47,6 +47,7 @@ def train(compiled: bool, steps: int, **settings: object) -> tuple[list[Tensor],
     return results, counts
 
 
+@pytest.mark.slow  # half a minute of compiling
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
 def test_equal_numbers_and_nothing_compiled_again_as_the_memory_fills(recompute: bool) -> None:
     settings = {"activation_checkpointing": recompute, "layers": [0, 2]}

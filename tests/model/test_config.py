@@ -44,7 +44,8 @@ BAD_MEMORY: list[tuple[dict[str, Any], str, str]] = [
     ({"position_bias": "rotary"}, "position_bias", "none, t5, learned-absolute"),
     ({"bias_buckets": 3}, "bias_buckets", "at least 4"),
     ({"bias_max_distance": 8}, "bias_max_distance", "at least 32"),
-    ({"dtype": "float16"}, "dtype", "float32, bfloat16"),
+    ({"dtype": "float16"}, "dtype", "float32, bfloat16, int8"),
+    ({"search_bytes": 0}, "search_bytes", "at least 1"),
 ]
 BAD += [
     ({"memory": settings}, f"model.memory.{key}", remedy) for settings, key, remedy in BAD_MEMORY

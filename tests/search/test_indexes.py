@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 
@@ -129,6 +132,63 @@ def test_sub_indexes_retire_and_never_outnumber_the_ring(
         assert len(queue.sealed) <= indexes.RUNS + 1
         assert all(part.last > oldest for part in queue.sealed)
     assert len(queue.sealed) >= indexes.RUNS - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reset_costs_nothing_that_grows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key of the old document is read again, and its sub-indexes are gone."""
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch(kind)
+    memory, queries = Memory(1, HEADS, 512, WIDTH), torch.randn(1, HEADS, 4, WIDTH)
+    for _ in range(9):
+        write(memory, 100)
+        search(queries, memory, TOP_K)
+    old = [weakref.ref(part) for part in search._queues[memory][0][0].sealed]
+    assert (len(old) > 3) == (kind != "flat")
+    read: list[int] = []
+    keys = indexes.Head.keys
+
+    def counted(head: indexes.Head, first: int, last: int) -> Any:
+        read.append(last - first)
+        return keys(head, first, last)
+
+    monkeypatch.setattr(indexes.Head, "keys", counted)
+    memory.reset()
+    write(memory, 3)
+    search(queries, memory, TOP_K)
+    assert read == [3] * HEADS
+    assert not any(part() for part in old)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_a_document_of_a_million_tokens_holds_no_more_than_the_ring(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pairs(part: indexes.SubIndex | None) -> int:
+        return 0 if part is None else part.last - part.first
+
+    made: list[weakref.ref[indexes.SubIndex]] = []
+    sealed = indexes.FaissSearch._seal
+
+    def noted(*arguments: Any) -> indexes.SubIndex:
+        part = sealed(*arguments)
+        made.append(weakref.ref(part))
+        return part
+
+    monkeypatch.setattr(indexes.FaissSearch, "_seal", noted)
+    search = indexes.FaissSearch(kind)
+    memory = Memory(1, 1, 16384, 4)
+    sizes = []
+    for _ in range(1_000_000 // 4000):
+        memory.write(*torch.randn(2, 1, 1, 4000, 4))
+        search(torch.randn(1, 1, 16, 4), memory, TOP_K)
+        made[:] = [part for part in made if part() is not None]
+        sizes.append(sum(pairs(part()) for part in made))
+    assert int(memory.written) == 1_000_000
+    assert 16384 / 2 < max(sizes) <= 16384 * (indexes.RUNS + 1) / indexes.RUNS
+    queries = torch.randn(1, 1, 64, 4)
+    assert recall(search(queries, memory, TOP_K), reference_search(queries, memory, TOP_K)) >= 0.9
 
 
 def test_indexes_go_with_their_memory() -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small import make_data, make_module
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.training.estimate import estimate
+from memorizing_transformers.training.trainer import MemoryTrainer
 
 SHAPES = [
     {},
@@ -74,3 +83,70 @@ def test_an_unknown_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         estimate(ModelConfig(), 1, 8)
     assert any("FLOPs" in line for line in estimate(ModelConfig(), 1, 8, 256).lines())
+
+
+STEPS: list[dict[str, Any]] = [
+    {"segment": 64},
+    {"segment": 64, "memory": {"size": 0}},
+    {"segment": 300, "xl_cache": 100, "memory": {"size": 1000, "combine": "joint"}},
+    {"segment": 40, "num_kv_heads": 4, "d_ff": 100, "memory": {"size": 64, "layers": [0, 2]}},
+    {"segment": 64, "activation_checkpointing": True, "xl_cache": 64},
+]
+
+
+@pytest.mark.parametrize("shape", STEPS, ids=str)
+def test_flops_and_activations_are_those_of_a_training_step(shape: dict[str, Any]) -> None:
+    """All that torch counts; rounding, masks, softmax and sorting are no matrix products."""
+    rows, segment = 3, shape["segment"]
+    # A memory in bfloat16 is attended by matrix products, which torch can count.
+    memory = {"size": 200, "top_k": 8, "search": "exact", "dtype": "bfloat16"}
+    memory |= shape.get("memory", {})
+    settings = {k: v for k, v in shape.items() if k not in ("segment", "memory")}
+    fields = {"vocab_size": 97, "d_model": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+    config = ModelConfig(**{**fields, **settings, "memory": memory})
+    model = Transformer(config)
+    bank, tokens = model.new_memory(rows), torch.randint(97, (rows, segment))
+    for _ in range(-(-memory["size"] // segment) + 1):
+        with torch.no_grad():
+            bank.commit(model(tokens, bank).pairs)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        output = model(tokens, bank)
+        loss = model.loss(output.logits, tokens)
+        bank.commit(output.pairs)
+        loss.backward()
+    cost = estimate(config, rows, segment)
+    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    if not config.activation_checkpointing:
+        for weight in model.parameters():
+            kept.pop(weight.untyped_storage().data_ptr(), None)
+        measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        assert cost.activation_bytes == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_checkpoint_bytes_are_those_on_disk(dtype: str, texts: Path, tmp_path: Path) -> None:
+    module = make_module(d_model=128, size=2048, dtype=dtype, xl_cache=16)
+    keep = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=2)
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = MemoryTrainer(
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=[keep],
+        logger=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        **quiet,
+    )
+    trainer.fit(module, datamodule=make_data(texts))
+    measured = sum(path.stat().st_size for path in (tmp_path / "saved.ckpt").iterdir())
+    cost = estimate(module.config, rows=4, segment=16)
+    assert cost.checkpoint_bytes == pytest.approx(measured, rel=0.02)

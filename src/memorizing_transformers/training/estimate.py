@@ -1,9 +1,10 @@
 """What a run will cost, before it starts: bytes on the device and host, FLOPs, checkpoint bytes.
 
-A cost model, not a measurement. A product of an (a, b) with a (b, c) matrix counts 2abc FLOPs; the
-backward pass of what has weights costs twice its forward pass; a search has no backward pass.
-Activations count what autograd keeps of each layer. No figure here has been held against
-a measurement yet.
+A cost model, not a measurement; tests hold it against one. A product of an (a, b) with a (b, c)
+matrix counts 2abc FLOPs; the backward pass of what has weights costs twice its forward pass, that
+of local attention, which makes its scores again, two and a half times; a search has none. Local
+attention is counted as a CPU does it: on a GPU its kernel also scores what lies behind a query.
+Activations are what autograd keeps of each layer.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..memory import STORAGE_DTYPES
+from ..memory.search.scan import SCORE_BYTES
 from ..memory.storage import slot_bytes
 from ..model import ModelConfig
+from ..model.local import BLOCK
 
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
 """Numbers of optimiser state per weight; Adafactor's factors are negligible."""
@@ -122,6 +125,12 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     return total + (vocab_size + 1) * config.d_model
 
 
+def local_pairs(segment: int, cached: int) -> int:
+    """Pairs of a query and a key that local attention scores in a row and head."""
+    ends = [min(start + BLOCK, segment) for start in range(0, segment, BLOCK)]
+    return sum((cached + end) * min(BLOCK, end - index * BLOCK) for index, end in enumerate(ends))
+
+
 def estimate(
     config: ModelConfig,
     rows: int,
@@ -149,11 +158,11 @@ def estimate(
     memory = config.memory
     heads, groups, width = config.num_heads, config.kv_heads, config.head_width
     layers, memory_layers = config.num_layers, len(config.memory_layers) if memory.size else 0
-    tokens, reach = rows * segment, segment + config.xl_cache
+    tokens = rows * segment
 
     parameters = count_parameters(config, vocab)
     dense = parameters - config.num_layers * (2 * config.d_model) - config.d_model
-    local = 4 * tokens * heads * reach * width * layers
+    local = 4 * rows * heads * local_pairs(segment, config.xl_cache) * width * layers
     scored = 2 * tokens * heads * memory.size * width * memory_layers
     retrieved = 4 * tokens * heads * memory.top_k * width * memory_layers
     refreshed = 0.0
@@ -168,13 +177,24 @@ def estimate(
     memory_bytes = rows * memory.size * slot * memory_layers
     cache_bytes = rows * config.xl_cache * 2 * groups * width * 4 * layers
 
-    # What the backward pass keeps: about ten hidden states and both sides of the feed-forward
-    # layer, queries, keys, values, heads, and the bias and mask of local attention.
-    hidden = 10 * config.d_model + 2 * config.ff_width + (3 * heads + 2 * groups) * width
-    kept = tokens * hidden * layers + rows * heads * segment * reach * layers
+    # What the backward pass keeps, in numbers a token. Of the feed-forward part: its input, as it
+    # was, normalised, and scaled, and what ReLU returned. Of attention, besides: queries before,
+    # between and after their normalisation and scaling, keys likewise, values, and the output.
+    fed = 3 * config.d_model + config.ff_width
+    attended = 3 * config.d_model + 4 * heads * width + 3 * groups * width
+    attended += 2 * groups * width * config.xl_cache // segment
+    # Of attention over the memory: scores and weights, and two more outputs.
+    recalled = 2 * heads * (memory.top_k + width)
+    kept = layers * (fed + attended) + memory_layers * recalled + 3 * config.d_model
+    again = 0.0
     if config.activation_checkpointing:
-        kept = tokens * (2 * config.d_model * layers + hidden) + rows * heads * segment * reach
-    kept += 2 * tokens * heads * memory.top_k * memory_layers
+        # The inputs of all parts, memory layers' attention, which is not made again, and one part.
+        kept = (2 * layers + 3) * config.d_model + memory_layers * (attended + recalled)
+        kept += max(fed, attended)
+        # Up to the last thing that is kept: the output projections are not made again.
+        projected = 2 * tokens * config.d_model * (heads + 2 * groups) * width
+        again = (layers - memory_layers) * (projected + local / layers)
+        again += layers * 2 * tokens * config.d_model * config.ff_width
     logits = 3 * tokens * vocab * 4
 
     index_bytes = 0
@@ -183,7 +203,8 @@ def estimate(
         index_bytes = rows * groups * memory.size * per_key * memory_layers
     weight_bytes = 4 * parameters
     optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES[optimizer])
-    scratch = min(64 * 2**20, 4 * tokens * heads * memory.size) if memory_layers else 0
+    room = memory.search_bytes or SCORE_BYTES
+    scratch = min(room, 4 * tokens * heads * memory.size) if memory_layers else 0
     return Estimate(
         parameters=parameters,
         weight_bytes=weight_bytes,
@@ -191,10 +212,10 @@ def estimate(
         optimizer_bytes=optimizer_bytes,
         memory_bytes=memory_bytes,
         cache_bytes=cache_bytes,
-        activation_bytes=kept * activation_bytes + logits,
+        activation_bytes=tokens * kept * activation_bytes + logits,
         search_bytes=scratch,
         index_bytes=index_bytes,
-        model_flops=3.0 * (2 * tokens * dense + local),
+        model_flops=6.0 * tokens * dense + 3.5 * local + again,
         search_flops=float(scored),
         attention_flops=2.0 * retrieved,
         refresh_flops=refreshed,
