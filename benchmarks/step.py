@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -304,28 +305,32 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
     figure.savefig(target, dpi=120)
 
 
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median over the rounds: what slows the machine for a while strikes both alike."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
 def figures(
-    times: dict[tuple[str, int, str, str], dict[str, float]],
-    means: dict[tuple[str, int, str, str], float],
+    times: dict[tuple[str, int, str, str], list[float]],
     recall: dict[tuple[str, int, str], float],
 ) -> Iterator[dict[str, Any]]:
     """A row for each rival; bf16-mixed is held against the peer's fp32."""
     tokens = shape.ROWS * shape.SEGMENT
-    for (model, slots, search, precision), time_ in times.items():
+    for (model, slots, search, precision), seconds in times.items():
         peer = times.get(("peer", slots, "hnsw", "fp32"))
         without = times["ours", 0, "none", precision]
-        seconds = time_["median"]
+        found = summary(seconds)
         yield {
             "slots": slots,
             "model": model,
             "search": search,
             "precision": precision,
-            "s a step": seconds,
-            "mean": means[model, slots, search, precision],
-            "spread": time_["spread"],
-            "tokens/s": tokens / seconds,
-            "times the peer": peer["median"] / seconds if peer else None,
-            "of ours without": seconds / without["median"] if model == "ours" else None,
+            "s a step": found["median"],
+            "least": found["least"],
+            "spread": found["spread"],
+            "tokens/s": tokens / found["median"],
+            "times the peer": ratio(peer, seconds) if peer else None,
+            "of ours without": ratio(seconds, without) if model == "ours" else None,
             "recall": recall.get((model, slots, search)),
         }
 
@@ -398,16 +403,19 @@ def main() -> None:
     print(json.dumps({**facts, "recall": {" ".join(map(str, k)): v for k, v in recall.items()}}))
     rivals["matrix product", 0, "none", "fp32"] = matrix_product(clock)
 
-    seconds = rounds(rivals, given.repeats)
-    times = {name: summary(x) for name, x in seconds.items()}
-    means = {name: sum(x) / len(x) for name, x in seconds.items()}
-    product = times.pop(("matrix product", 0, "none", "fp32"))["median"]
+    times = rounds(rivals, given.repeats)
+    product = statistics.median(times.pop(("matrix product", 0, "none", "fp32")))
     flops = 2 * shape.ROWS * shape.SEGMENT * 4 * shape.D_MODEL**2
     cost = estimate(config(max(given.slots)), shape.ROWS, shape.SEGMENT)
     facts["matrix product, GFLOP/s"] = flops / product / 1e9
     facts["fp32 floor without memory, s"] = cost.model_flops * product / flops
-    facts["rows"] = list(figures(times, means, recall))
-    lines = [f"{key}: {value}" for key, value in facts.items() if key not in ("rows", "prepared")]
+    facts["rows"] = list(figures(times, recall))
+    facts["seconds"] = {" ".join(map(str, name)): x for name, x in times.items()}
+    lines = [
+        f"{key}: {value}"
+        for key, value in facts.items()
+        if key not in ("rows", "prepared", "seconds")
+    ]
     save(given.out, "step", facts, "\n\n".join([*lines, table(facts["rows"])]))
     plot(facts["rows"], given.out / "step.png")
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -164,6 +165,36 @@ def test_a_killed_plan_continues_to_the_same_figures(
     for name in ours:
         for key in EXACT:
             assert ours[name].get(key) == theirs[name].get(key), (name, key)
+
+
+def test_runs_side_by_side_are_dealt_out_over_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **files: Any) -> None:
+            seen.append(env["CUDA_VISIBLE_DEVICES"])
+            self.returncode: int | None = None
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr(ablate.subprocess, "Popen", Process)
+    trials = []
+    for number in range(5):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        trials.append(Trial(f"variant {number}", 0, str(folder), "", {}, {}, True, None, "test"))
+    runner = ablate.Runner(trials, jobs=3, threads=None)
+    waiting = runner._start_ready(trials, set(), MagicMock())
+    assert seen == ["2", "5", "2"]
+    second: Any = runner._running[trials[1].folder][1]
+    second.returncode = 1
+    runner._collect(set(), MagicMock())
+    runner._start_ready(waiting, set(), MagicMock())
+    assert seen == ["2", "5", "2", "5"]
 
 
 @pytest.mark.slow

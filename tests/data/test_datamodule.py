@@ -90,6 +90,9 @@ def test_a_fraction_of_zero_leaves_a_split_out(texts: Path) -> None:
         ({"num_workers": 0}, "data.num_workers = 0: must be at least 1"),
         ({"seed": -1}, "data.seed = -1: must be at least 0"),
         ({"min_characters": -1}, "data.min_characters = -1: must be at least 0"),
+        ({"cut_tokens": 1}, "data.cut_tokens = 1: must be at least 2"),
+        ({"shuffle_tokens": 0}, "data.shuffle_tokens = 0: must be at least 1"),
+        ({"cut_tokens": 9, "shuffle_tokens": 9}, "data.shuffle_tokens = 9: or data.cut_tokens"),
         ({"bpe_vocab_size": 255}, "data.bpe_vocab_size = 255: must be at least 256"),
         ({"bpe_train_bytes": 0}, "data.bpe_train_bytes = 0: must be at least 1"),
         ({"predict_split": "train"}, "data.predict_split = 'train': must be"),
@@ -99,6 +102,16 @@ def test_settings_that_cannot_work_are_refused_at_once(options: dict, message: s
     with pytest.raises(ConfigError) as caught:
         DocumentDataModule(**options)
     assert str(caught.value).startswith(message)
+
+
+def test_rearranged_documents_are_those_of_the_same_cache(texts: Path) -> None:
+    plain, cut = ready(texts), ready(texts, cut_tokens=40)
+    shuffled = ready(texts, shuffle_tokens=16)
+    assert cut.store_folder == shuffled.store_folder == plain.store_folder
+    for split in ("train", "validation", "test"):
+        lengths = [getattr(data, f"{split}_store").lengths for data in (plain, cut, shuffled)]
+        assert lengths[1].max() <= 40 < lengths[0].max()
+        assert lengths[2].tolist() == lengths[0].tolist()
 
 
 def test_rows_are_shared_out_over_processes(texts: Path) -> None:

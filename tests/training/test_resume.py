@@ -165,6 +165,8 @@ def test_memory_can_be_left_out_and_is_said_to_be(
         ({"batch_rows": 2}, "data.batch_rows = 2"),
         ({"segment_length": 8}, "data.segment_length = 8"),
         ({"seed": 5}, "data.seed = 5"),
+        ({"cut_tokens": 64}, "data.cut_tokens = 64"),
+        ({"shuffle_tokens": 8}, "data.shuffle_tokens = 8"),
         ({"test_fraction": 0.3}, "data"),
     ],
 )

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -25,6 +26,14 @@ STOP_SECONDS = 30
 """How long a worker may take to leave when it is told to."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
                     "RAYON_NUM_THREADS")  # fmt: skip
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return [name for name in named.split(",") if name]
 
 
 def make_trials(plan: Plan) -> list[Trial]:
@@ -96,6 +105,8 @@ class Runner:
         self.jobs = jobs
         self.threads = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
         self._running: dict[str, tuple[Trial, subprocess.Popen[bytes]]] = {}
+        self._gpus: dict[str, str] = {}
+        """By a running trial's folder, the GPU that it sees."""
 
     def run(self) -> None:
         """Run what is not finished; a trial that fails is noted and the others go on."""
@@ -135,6 +146,12 @@ class Runner:
 
     def _worker(self, trial: Trial) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))}
+        gpus = visible_gpus()
+        if gpus:
+            # Each takes the first of those that it sees.
+            taken = [gpu for folder, gpu in self._gpus.items() if folder in self._running]
+            gpu = environment["CUDA_VISIBLE_DEVICES"] = min(gpus, key=taken.count)
+            self._gpus[trial.folder] = gpu
         command = [sys.executable, "-m", f"{__package__}.worker", trial.folder]
         with (trial.path / "log.txt").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -12,8 +12,9 @@ from ..errors import ConfigError, UserError
 from .loader import SegmentLoader
 from .plan import RowPlan
 from .prepare import prepare_store, summary_lines
+from .rearranged import CutStore, ShuffledStore
 from .settings import SPLITS, CorpusSettings, SourceSettings, TokenizerSettings
-from .store import TOKENIZER_FOLDER, TokenStore
+from .store import MIN_TOKENS, TOKENIZER_FOLDER, TokenStore
 from .tokenization import BPE, BYTES, NUM_BYTES, byte_tokenizer, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class DocumentDataModule(LightningDataModule):
             batch_rows unless given.
         segment_length: Tokens that a row reads in one step.
         seed: Of the order of training documents.
+        cut_tokens: Cut documents into documents of at most so many tokens, in every split: a
+            control for what memory is worth on texts of ordinary length.
+        shuffle_tokens: Let blocks of so many tokens change places among all documents of a split:
+            a control in which memory holds text from anywhere.
         cache_dir: Folder for tokenised text.
         num_workers: Threads that tokenise; the number of processors unless given.
         predict_split: Split that prediction reads.
@@ -75,6 +80,8 @@ class DocumentDataModule(LightningDataModule):
         eval_rows: int | None = None,
         segment_length: int = 512,
         seed: int = 0,
+        cut_tokens: int | None = None,
+        shuffle_tokens: int | None = None,
         cache_dir: str = "data/cache",
         num_workers: int | None = None,
         predict_split: Literal["validation", "test"] = "test",
@@ -84,6 +91,10 @@ class DocumentDataModule(LightningDataModule):
         _at_least(1, "data.eval_rows", eval_rows)
         _at_least(1, "data.segment_length", segment_length)
         _at_least(1, "data.num_workers", num_workers)
+        _at_least(MIN_TOKENS, "data.cut_tokens", cut_tokens)
+        _at_least(1, "data.shuffle_tokens", shuffle_tokens)
+        if cut_tokens is not None and shuffle_tokens is not None:
+            raise ConfigError("data.shuffle_tokens", shuffle_tokens, "or data.cut_tokens, not both")
         _at_least(0, "data.seed", seed)
         if predict_split not in ("validation", "test"):
             raise ConfigError("data.predict_split", predict_split, "must be validation or test")
@@ -109,6 +120,8 @@ class DocumentDataModule(LightningDataModule):
         self._eval_rows_key = "data.batch_rows" if eval_rows is None else "data.eval_rows"
         self.segment_length = segment_length
         self.seed = seed
+        self.cut_tokens = cut_tokens
+        self.shuffle_tokens = shuffle_tokens
         self.cache_dir = Path(cache_dir).expanduser()
         self.num_workers = num_workers
         self.predict_split = predict_split
@@ -260,7 +273,12 @@ class DocumentDataModule(LightningDataModule):
                     f"data.{split}_fraction = 0: there are no documents for {split}; raise it or "
                     f"give data.{split}_source"
                 )
-            self._stores[split] = TokenStore(self.store_folder, split)
+            store = TokenStore(self.store_folder, split)
+            if self.cut_tokens is not None:
+                store = CutStore(store, self.cut_tokens)
+            if self.shuffle_tokens is not None:
+                store = ShuffledStore(store, self.shuffle_tokens)
+            self._stores[split] = store
         return self._stores[split]
 
 

@@ -110,12 +110,11 @@ class SegmentLoader:
         for row, (document, offset) in enumerate(zip(documents, offsets, strict=True)):
             if document == IDLE:
                 continue
-            tokens = self.store.document(document)
-            piece = tokens[offset : offset + self.plan.segment_length + 1]
+            piece = self.store.read(document, offset, offset + self.plan.segment_length + 1)
             counted = len(piece) - 1
             input_ids[row, :counted] = piece[:-1]
             targets[row, :counted] = piece[1:]
-            num_bytes[row] = self.store.num_bytes[document] * counted / len(tokens)
+            num_bytes[row] = self.store.num_bytes[document] * counted / self.store.lengths[document]
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             targets=torch.from_numpy(targets),

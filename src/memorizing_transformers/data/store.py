@@ -80,7 +80,18 @@ class TokenStore:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        return self.read(index, 0, int(self.lengths[index]))
+
+    def read(self, index: int, start: int, stop: int) -> NDArray[Any]:
+        """A document's tokens from ``start`` up to ``stop`` or its end."""
+        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.tokens[min(begin + start, end) : min(begin + stop, end)]
+
+    def _adopt(self, store: TokenStore) -> None:
+        """Stand on the files of another store."""
+        vars(self).update(
+            (name, value) for name, value in vars(store).items() if name not in ("lengths", "names")
+        )
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

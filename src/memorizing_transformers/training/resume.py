@@ -23,6 +23,8 @@ def resume_facts(datamodule: Any) -> dict[str, Any]:
         "data.batch_rows": datamodule.batch_rows,
         "data.segment_length": datamodule.segment_length,
         "data.seed": datamodule.seed,
+        "data.cut_tokens": datamodule.cut_tokens or 0,
+        "data.shuffle_tokens": datamodule.shuffle_tokens or 0,
         "data": datamodule.store_folder.name,
     }
 
