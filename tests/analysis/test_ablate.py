@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -85,6 +86,19 @@ def test_ends_with_table_plot_and_hparams(whole: Path) -> None:
     events = EventAccumulator(str(whole / "tensorboard" / "base" / "seed-0"))
     events.Reload()
     assert "ablation/perplexity" in events.Tags()["scalars"]
+
+
+def test_another_variant_can_be_the_reference(whole: Path) -> None:
+    plan = replace(load_plan(whole.parent / "plan.yaml"), reference="no-memory")
+    ablate.write_outcome(plan, ablate.make_trials(plan))
+    found = rows(whole / "table.csv")
+    assert "against no-memory" in (whole / "table.md").read_text()
+    assert found["no-memory"]["loss_difference"] == ""
+    gap = float(found["base"]["loss"]) - float(found["no-memory"]["loss"])
+    assert float(found["base"]["loss_difference"]) == pytest.approx(gap, abs=1e-5)
+    assert float(found["no-memory"]["train_step_ms_relative"]) == 1
+    plan = replace(plan, reference="base")
+    ablate.write_outcome(plan, ablate.make_trials(plan))
 
 
 def test_evaluation_sees_the_same_tokens_and_training_the_same_budget(whole: Path) -> None:

@@ -45,6 +45,7 @@ def write(path: Path, base: Path, /, **changes: Any) -> Path:
         ({"seeds": [0, 0]}, "seeds"),
         ({"seeds": [-1]}, "seeds"),
         ({"split": "train"}, "split"),
+        ({"reference": "nobody"}, "reference"),
         ({"overrides": {"data.seed": 3}}, "data.seed"),
         (variant(overides={}), "overides"),
         (variant(overrides={"model.memory.sise": 8}), "model.memory.size"),

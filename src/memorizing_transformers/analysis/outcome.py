@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .paired import Difference, compare
-from .plan import BASE, Plan
+from .plan import Plan
 from .trial import Trial, read_json
 
 FIGURES = (
@@ -54,8 +54,8 @@ class Row:
 
 
 def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
-    """Every variant's figures over the seeds that came to an end, and its difference to the base
-    over the seeds that both have."""
+    """Every variant's figures over the seeds that came to an end, and its difference to the
+    reference over the seeds that both have."""
     by_place = {(trial.variant, trial.seed): trial for trial in trials}
     documents = {
         place: read_json(trial.path / "documents.json")
@@ -76,21 +76,27 @@ def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
             seeds=len(found),
             failures=tuple(f"seed {t.seed}: {t.failure}" for t in own if t.failure is not None),
         )
-        both = [s for s in plan.seeds if {(variant.name, s), (BASE, s)} <= documents.keys()]
-        if variant.name != BASE and both:
+        both = [
+            s for s in plan.seeds if {(variant.name, s), (plan.reference, s)} <= documents.keys()
+        ]
+        if variant.name != plan.reference and both:
             row.difference = compare(
                 [documents[variant.name, seed] for seed in both],
-                [documents[BASE, seed] for seed in both],
+                [documents[plan.reference, seed] for seed in both],
             )
         rows.append(row)
     return rows
 
 
-def relative(row: Row, base: Row, key: str) -> float | None:
-    """A figure as a multiple of the base's."""
-    if key not in row.mean or not base.mean.get(key):
+def relative(row: Row, reference: Row, key: str) -> float | None:
+    """A figure as a multiple of the reference's."""
+    if key not in row.mean or not reference.mean.get(key):
         return None
-    return row.mean[key] / base.mean[key]
+    return row.mean[key] / reference.mean[key]
+
+
+def _reference(plan: Plan, rows: Sequence[Row]) -> Row:
+    return next(row for row in rows if row.name == plan.reference)
 
 
 def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
@@ -100,14 +106,14 @@ def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
     return f"{text} ± {format(scale * row.spread[key], form)}" if key in row.spread else text
 
 
-def _times(row: Row, base: Row, key: str, form: str) -> str:
-    factor = relative(row, base, key)
+def _times(row: Row, reference: Row, key: str, form: str) -> str:
+    factor = relative(row, reference, key)
     return _cell(row, key, form) + ("" if factor is None else f" ({factor:.2f} x)")
 
 
 def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     """The table for people."""
-    base = rows[0]
+    reference = _reference(plan, rows)
     heads = ["variant", "run", "perplexity", "bits per byte", "accuracy %", "Δ loss (p)",
              "training tokens/s", "step ms", "evaluation tokens/s", "search ms",
              "recall"]  # fmt: skip
@@ -124,9 +130,9 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
             _cell(row, "bits_per_byte", ".4f"),
             _cell(row, "accuracy", ".2f", 100),
             difference,
-            _times(row, base, "train_tokens_per_second", ",.0f"),
-            _times(row, base, "train_step_ms", ".1f"),
-            _times(row, base, "eval_tokens_per_second", ",.0f"),
+            _times(row, reference, "train_tokens_per_second", ",.0f"),
+            _times(row, reference, "train_step_ms", ".1f"),
+            _times(row, reference, "eval_tokens_per_second", ",.0f"),
             _cell(row, "eval_search_ms", ".1f"),
             _cell(row, "recall", ".3f"),
         ]
@@ -136,9 +142,9 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     notes = [
         f"Base: `{plan.base}`; split: {plan.split}; seeds: {seeds}; ± is the standard deviation "
         "over seeds.",
-        "Δ loss: nats per token against the base, below 0 is better; p by a sign-flip test over "
-        f"{tests[0] if tests else 0} documents, averaged over seeds. Left out where a variant did "
-        "not read the same tokens.",
+        f"Δ loss: nats per token against {plan.reference}, below 0 is better; p by a sign-flip "
+        f"test over {tests[0] if tests else 0} documents, averaged over seeds. Left out where a "
+        "variant did not read the same tokens.",
         "Search ms and recall: of a batch of the evaluation.",
     ]
     failures = [f"- {row.name}, {why}" for row in rows for why in row.failures]
@@ -148,20 +154,21 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """The table for programs: means and spreads, multiples of the base's, the paired test."""
+def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
+    """The table for programs: means, spreads, multiples of the reference's, the paired test."""
     names = ["variant", "run", "seeds"]
     for key in FIGURES:
         names += [key, f"{key}_std"]
     names += [f"{key}_relative" for key in RELATIVE]
     names += ["loss_difference", "p_value", "documents", "failures"]
+    reference = _reference(plan, rows)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for row in rows:
             record: dict[str, Any] = {"variant": row.name, "run": row.how, "seeds": row.seeds}
             record |= row.mean | {f"{key}_std": value for key, value in row.spread.items()}
-            record |= {f"{key}_relative": relative(row, rows[0], key) for key in RELATIVE}
+            record |= {f"{key}_relative": relative(row, reference, key) for key in RELATIVE}
             if row.difference is not None:
                 loss, p_value, documents = row.difference
                 record |= {"loss_difference": loss, "p_value": p_value, "documents": documents}
@@ -180,8 +187,8 @@ def write_trials(path: Path, trials: Sequence[Trial]) -> None:
             writer.writerow({**(trial.result or {}), **known})
 
 
-def draw(path: Path, rows: Sequence[Row], split: str) -> None:
-    """Perplexity of every variant, with its spread over seeds, and the base as a line."""
+def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
+    """Perplexity of every variant, with its spread over seeds, and the reference as a line."""
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if math.isfinite(row.mean.get("perplexity", math.nan))]
@@ -190,11 +197,11 @@ def draw(path: Path, rows: Sequence[Row], split: str) -> None:
     for place, row in enumerate(shown):
         mean, spread = row.mean["perplexity"], row.spread.get("perplexity", 0.0)
         axes.errorbar(mean, place, xerr=spread, fmt="o", color="C0", capsize=3)
-        if row.name == BASE:
+        if row.name == plan.reference:
             axes.axvline(mean, color="gray", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{split} perplexity (± standard deviation over seeds)")
+    axes.set_xlabel(f"{plan.split} perplexity (± standard deviation over seeds)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
 
@@ -227,8 +234,8 @@ def write_outcome(plan: Plan, trials: Sequence[Trial]) -> str:
     out, rows = Path(plan.out), make_rows(plan, trials)
     table = markdown(plan, rows)
     (out / "table.md").write_text(table, encoding="utf-8")
-    write_csv(out / "table.csv", rows)
+    write_csv(out / "table.csv", plan, rows)
     write_trials(out / "trials.csv", trials)
-    draw(out / "plot.png", rows, plan.split)
+    draw(out / "plot.png", plan, rows)
     write_hparams(out / "tensorboard", plan, trials)
     return table

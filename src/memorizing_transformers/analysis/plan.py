@@ -92,6 +92,7 @@ class Plan:
         budget: of every variant that is trained from the start.
         overrides: changes of the base itself, which all variants share.
         seeds: of initial weights and document order, each variant once with each.
+        reference: the variant that the table holds the others against.
         split: what the table is about, test or validation.
         out: folder of the runs and the results.
     """
@@ -101,6 +102,7 @@ class Plan:
     budget: Budget
     overrides: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    reference: str = BASE
     split: Literal["test", "validation"] = "test"
     out: str = "runs/ablations"
 
@@ -284,6 +286,9 @@ def load_plan(
             remedy = "is the plan's own" if name == BASE else "stands there twice"
             raise ConfigError("variants", name, remedy)
     _check_sources(variants)
+    reference = given.get("reference", BASE)
+    if reference not in names:
+        raise ConfigError("reference", reference, "must name a variant")
     seeds = given.get("seeds", [0])
     plain = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
     if not plain or not seeds or len({*seeds}) < len(seeds):
@@ -297,6 +302,7 @@ def load_plan(
         budget=Budget(**_known(Budget, given.get("budget", {}), "budget")),
         overrides={**own, **_overrides(overrides or {}, "overrides")},
         seeds=tuple(seeds),
+        reference=reference,
         split=given.get("split", "test"),
         out=out or given.get("out") or f"runs/ablations/{Path(path).stem}",
     )
