@@ -41,6 +41,9 @@ class Away(Tensor):
         away.held = held
         return away
 
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod

@@ -14,6 +14,7 @@ from two_devices import AWAY, CPU, send_away, two_devices
 
 from memorizing_transformers.analysis.trace import read_document
 from memorizing_transformers.data.batch import Batch
+from memorizing_transformers.model import Transformer
 from memorizing_transformers.training.callbacks.retrieval import (
     RetrievalHistograms,
     RetrievalLogging,
@@ -56,7 +57,7 @@ def make_module(combine: str) -> MemorizingLM:
     module = MemorizingLM(
         vocab_size=23, d_model=16, num_layers=2, num_heads=2, xl_cache=8, memory=memory
     )
-    module.configure_model()
+    module.net = Transformer(module.config)
     return module
 
 
@@ -65,11 +66,10 @@ def batch_of(ids: Tensor, number: int) -> Batch:
     return Batch(
         input_ids=ids,
         targets=ids.roll(-1, 1),
-        mask=torch.ones_like(ids, dtype=torch.bool),
         reset=start == 0,
         document=torch.zeros_like(start),
         position=start,
-        num_bytes=torch.full_like(start, SEGMENT),
+        num_bytes=torch.full_like(start, SEGMENT).double(),
     )
 
 
@@ -88,9 +88,7 @@ def histograms(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> dict
 
 
 def sample(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> str:
-    tokens = batch.input_ids[0].tolist() if batch.input_ids.device == CPU else [0] * SEGMENT
-    tokens = [0] * len(tokens)
-    return describe(bank.memories[LAYER], output.retrievals[LAYER], tokens, 0, str)
+    return describe(bank.memories[LAYER], output.retrievals[LAYER], [0] * SEGMENT, 0, str)
 
 
 def controlled(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> dict[str, Tensor]:
@@ -103,7 +101,8 @@ def controlled(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> dict
 
 def traced(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> list[Any]:
     ids = torch.randint(0, 23, (60,), generator=torch.Generator().manual_seed(5)).numpy()
-    trace = read_document(module.net.eval(), ids, SEGMENT, 24, 2)
+    read: Any = read_document.__wrapped__  # the second device knows no inference mode
+    trace = read(module.net.eval(), ids, SEGMENT, 24, 2)
     use = trace.use
     return [trace.nats, trace.weights, trace.positions, trace.shares, use.spread, use.on_target]
 
@@ -158,4 +157,7 @@ def test_a_reader_sees_the_same(name: str, combine: str) -> None:
             assert bank.memories[LAYER].device == CPU
             assert bank.caches[LAYER].keys.device == (AWAY if away else CPU)
             found.append(plain(READERS[name](module, batch, bank, output)))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    if name == "samples":
+        assert found[1] == found[0]
+    else:
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
