@@ -26,7 +26,7 @@ from memorizing_transformers.training.callbacks.staleness_control import Stalene
 from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.rank_state import RankPart
 
-ROWS, SEGMENT, SEGMENTS, LAYER = 2, 8, 6, 1
+ROWS, SEGMENT, SEGMENTS, LAYER = 2, 8, 8, 1
 
 
 class Recorder:
@@ -81,6 +81,12 @@ def observed(module: MemorizingLM, observer: Any, *arguments: Any) -> dict[str, 
     return logger.seen
 
 
+def predictions(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> dict[str, Any]:
+    predicted = module.predict_step(batch, 0)
+    assert {field.device for field in predicted["best"][LAYER]} == {CPU}
+    return predicted
+
+
 def histograms(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> dict[str, Any]:
     writer = Recorder()
     RetrievalHistograms()._draw([writer], {}, bank, output, 3)
@@ -108,7 +114,7 @@ def traced(module: MemorizingLM, batch: Any, bank: Any, output: Any) -> list[Any
 
 
 READERS: dict[str, Callable[..., Any]] = {
-    "predictions": lambda module, batch, bank, output: module.predict_step(batch, 0),
+    "predictions": predictions,
     "scalars": lambda module, *rest: observed(module, RetrievalLogging(), *rest),
     "staleness": lambda module, *rest: observed(module, StalenessLogging(), *rest),
     "recall": lambda module, batch, bank, output: retrieval_recall(
