@@ -240,4 +240,4 @@ def test_on_a_gpu_both_places_agree(name: str) -> None:
     torch.testing.assert_close(other_losses, losses, rtol=1e-3, atol=1e-4)
     for one, two in zip(*(model.parameters() for model in models), strict=True):
         if one.grad is not None:
-            torch.testing.assert_close(two.grad, one.grad, rtol=1e-2, atol=1e-4)
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-2, atol=1e-3)
