@@ -45,6 +45,7 @@ BAD_MEMORY: list[tuple[dict[str, Any], str, str]] = [
     ({"bias_buckets": 3}, "bias_buckets", "at least 4"),
     ({"bias_max_distance": 8}, "bias_max_distance", "at least 32"),
     ({"dtype": "float16"}, "dtype", "float32, bfloat16, int8"),
+    ({"device": "cuda"}, "device", "must be one of model, cpu"),
     ({"search_bytes": 0}, "search_bytes", "at least 1"),
 ]
 BAD += [

@@ -150,3 +150,24 @@ def test_checkpoint_bytes_are_those_on_disk(dtype: str, texts: Path, tmp_path: P
     measured = sum(path.stat().st_size for path in (tmp_path / "saved.ckpt").iterdir())
     cost = estimate(module.config, rows=4, segment=16)
     assert cost.checkpoint_bytes == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("search", ["exact", "faiss"])
+def test_a_memory_on_the_host_is_counted_there(search: str) -> None:
+    settings = {"size": 4096, "search": search}
+    costs = {
+        device: estimate(
+            ModelConfig(vocab_size=50, memory={**settings, "device": device}),  # type: ignore[arg-type]
+            rows=2,
+            segment=128,
+        )
+        for device in ("model", "cpu")
+    }
+    here, there = costs["model"], costs["cpu"]
+    scratch = 0 if search == "faiss" else here.search_bytes
+    assert there.memory_bytes == here.memory_bytes > 0
+    assert there.checkpoint_bytes == here.checkpoint_bytes
+    assert here.device_bytes - there.device_bytes == here.memory_bytes + scratch
+    assert there.host_bytes - there.index_bytes >= there.memory_bytes
+    names = [line.split()[0] for line in there.lines()]
+    assert names.index("memory") > names.index("host")

@@ -147,6 +147,15 @@ def test_larger_memory_goes_on_from_the_smaller_one(texts: Path, tmp_path: Path)
     assert memory.fill.max() > small.banks["train"].memories[1].size
 
 
+@pytest.mark.parametrize("places", [("model", "cpu"), ("cpu", "model")])
+def test_memory_may_change_its_device(places: tuple[str, str], texts: Path, tmp_path: Path) -> None:
+    whole, losses = fit(texts, tmp_path / "whole", 5, device=places[0])
+    checkpoint = tmp_path / "whole" / "step=3.ckpt"
+    resumed, rest = fit(texts, tmp_path / "rest", 5, checkpoint, device=places[1])
+    assert rest == losses[3:]
+    assert_alike(state(resumed), state(whole))
+
+
 def test_memory_can_be_left_out_and_is_said_to_be(
     texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

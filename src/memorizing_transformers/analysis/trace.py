@@ -131,10 +131,10 @@ def record(
         number: which of the trace's memory layers.
         retrieval: of one row.
         memory: that row's memory.
-        tokens: (L,) the whole document.
+        tokens: (L,) the whole document, on the memory's device.
         start: the segment's first token.
     """
-    valid = retrieval.valid[0]
+    valid, share = retrieval.valid[0], retrieval.share[0].float().to(retrieval.valid.device)
     slots = retrieval.slots[0].masked_fill(~valid, 0)
     weights = retrieval.weights[0].float().masked_fill(~valid, 0.0)
     positions = memory.positions[0, slots].long()
@@ -148,7 +148,7 @@ def record(
     kept = positions.gather(-1, order).masked_fill(heaviest < 0, NOT_FOUND)
     trace.positions[number, :, :, predicted] = kept.transpose(1, 2).cpu().numpy()
     trace.weights[number, :, :, predicted] = heaviest.clamp(min=0).transpose(1, 2).cpu().numpy()
-    trace.shares[number, :, predicted] = retrieval.share[0].float().cpu().numpy()
+    trace.shares[number, :, predicted] = share.cpu().numpy()
 
     use, found = trace.use, valid.any(-1)
     here = torch.arange(start, start + segment, device=positions.device)
@@ -158,7 +158,7 @@ def record(
     entropy = -torch.special.xlogy(weights, weights).sum(-1)
     target = tokens[start + 1 : start + 1 + segment, None]
     use.queries[number] += int(found[0].sum())
-    use.share[number] += (retrieval.share[0].float() * found).sum(-1).cpu().numpy()
+    use.share[number] += (share * found).sum(-1).cpu().numpy()
     use.spread[number] += (entropy.exp() * found).sum(-1).cpu().numpy()
     use.on_target[number] += (weights * (tokens[positions] == target)).sum((1, 2)).cpu().numpy()
     after = tokens[positions + 1] == target
@@ -194,6 +194,7 @@ def read_document(
         bank = model.new_memory(1)
     finally:
         model.config.memory.size = configured
+    beside = {layer: tokens.to(memory.device) for layer, memory in bank.memories.items()}
     for start in range(0, len(ids) - 1, segment):
         # The document's last token predicts nothing.
         inputs = tokens[start : min(start + segment, len(ids) - 1)]
@@ -203,7 +204,7 @@ def read_document(
         trace.nats[start + 1 : start + 1 + len(inputs)] = nats[0].cpu().numpy()
         for number, layer in enumerate(trace.layers):
             memory = bank.memories[layer]
-            record(trace, number, output.retrievals[layer], memory, tokens, start)
+            record(trace, number, output.retrievals[layer], memory, beside[layer], start)
         bank.commit(output.pairs, token_ids=inputs[None])
         advance(len(inputs))
     return trace

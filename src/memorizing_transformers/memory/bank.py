@@ -43,7 +43,7 @@ class MemoryBank:
         token_ids: Tensor | None = None,
         step: int = 0,
     ) -> None:
-        """Write one segment into every memory and cache.
+        """Write one segment into every memory and cache, each on its own device.
 
         Args:
             pairs: by layer, what the forward pass of the segment returned.
@@ -94,7 +94,7 @@ class MemoryBank:
                 store.load(own)
 
     def nbytes(self) -> int:
-        """Bytes held on the device."""
+        """Bytes held, on whichever device."""
         return sum(store.nbytes() for store in self._stores())
 
     def _check_rows(self, rows: int) -> None:

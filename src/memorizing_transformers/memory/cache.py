@@ -53,10 +53,11 @@ class XLCache:
         Args:
             keys: (B, G, N, D).
             values: (B, G, N, D).
-            mask: (B, N) bool, True at real tokens, or None for all.
+            mask: (B, N) bool, True at real tokens, on any device, or None for all.
         """
         segment = keys.shape[2]
-        count = torch.full_like(self.length, segment) if mask is None else mask.sum(1)
+        whole = torch.full_like(self.length, segment)
+        count = whole if mask is None else mask.sum(1).to(self.length)
         window = count[:, None] + torch.arange(self.size, device=self.length.device)
         index = window[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         for name, new in (("keys", keys), ("values", values)):
@@ -89,5 +90,5 @@ class XLCache:
         self.length = tensors["length"].to(self.length).clamp(max=self.size)
 
     def nbytes(self) -> int:
-        """Bytes held on the device."""
+        """Bytes held."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())

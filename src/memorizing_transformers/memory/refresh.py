@@ -23,7 +23,8 @@ from .cache import XLCache
 from .ring import Memory
 
 Encode = Callable[[Tensor, MemoryBank], Sequence[Pairs]]
-"""By layer, up to the last memory layer, the pairs of tokens (B, N) that follow what is stored."""
+"""By layer, up to the last memory layer, the pairs of tokens (B, N), on any device, that follow
+what is stored."""
 
 
 class _Document:
@@ -120,7 +121,7 @@ def oldest_drift(encode: Encode, bank: MemoryBank, segment: int) -> tuple[Tensor
     memory = document.memory
     ids, there = document.tokens(document.start)
     read = MemoryBank(bank.batch_size, {}, document.caches_before_start())
-    fresh = encode(ids, read)[min(bank.memories)][0].float()
+    fresh = encode(ids, read)[min(bank.memories)][0].to(memory.device).float()
     numbers = document.start[:, None] + torch.arange(segment, device=ids.device)
     slots = (numbers - memory.origin[:, None]) % memory.size
     rows = torch.arange(bank.batch_size, device=ids.device)[:, None]

@@ -93,6 +93,11 @@ class Memory:
         return restore(self.keys[index], scales, dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where the pairs live."""
+        return self.written.device
+
+    @property
     def used(self) -> Tensor:
         """(B,) slots that hold a pair, those of dropped pairs among them."""
         return (self.written - self.origin).clamp(max=self.size)
@@ -140,6 +145,8 @@ class Memory:
     ) -> None:
         """Append a segment's pairs, overwriting the oldest.
 
+        What lies on another device is copied to the memory's.
+
         Args:
             keys: (B, G, N, D), as the layer used them (normalised where it normalises).
             values: (B, G, N, D).
@@ -148,9 +155,10 @@ class Memory:
             step: the training step that computed them.
         """
         batch, _, segment, _ = keys.shape
-        device = self.written.device
+        device = self.device
         if mask is None:
             mask = torch.ones(batch, segment, dtype=torch.bool, device=device)
+        mask = mask.to(device)
         order = mask.cumsum(1) - 1
         count = order[:, -1] + 1
         position = self.written[:, None] + order
@@ -161,7 +169,7 @@ class Memory:
         for reading in self._readings:
             reading.keep(rows, slots)
         for name, new in (("keys", keys), ("values", values)):
-            new = new.detach()[rows, :, tokens]
+            new = new.detach().to(device)[rows, :, tokens]
             scales: Tensor | None = getattr(self, SCALES[name])
             if scales is not None:
                 new, scales[rows, :, slots] = quantize(new)
@@ -170,7 +178,7 @@ class Memory:
         self.positions[rows, slots] = positions.to(torch.int32)
         self.steps[rows, slots] = step
         if token_ids is not None:
-            self.token_ids[rows, slots] = token_ids[rows, tokens].to(torch.int32)
+            self.token_ids[rows, slots] = token_ids.to(device)[rows, tokens].to(torch.int32)
         self.written += count
         self._most_written += segment
 
@@ -268,5 +276,5 @@ class Memory:
                 own[rows, target] = given[name][rows, source]
 
     def nbytes(self) -> int:
-        """Bytes held on the device."""
+        """Bytes held."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())

@@ -21,7 +21,7 @@ from .local import local_attention
 
 
 class Retrieval(NamedTuple):
-    """What a memory layer retrieved for one segment, detached."""
+    """What a memory layer retrieved for one segment, detached; on the device of the memory."""
 
     slots: Tensor
     """(B, H, N, K) int64 slots of the row's memory, best first; meaningless where not ``valid``."""
@@ -30,9 +30,14 @@ class Retrieval(NamedTuple):
     weights: Tensor
     """(B, H, N, K) softmax over the neighbours."""
     share: Tensor
-    """(B, H, N) share of the layer's output that comes from the memory."""
+    """(B, H, N) share of the layer's output that comes from the memory; on the model's device, for
+    a copy would wait for a GPU."""
     queries: Tensor
     """(B, H, N, D) what was searched for."""
+
+    def parts(self) -> Tensor:
+        """(B, H, N, K) each neighbour's part of its head's output, on the device of the memory."""
+        return self.weights * self.share.to(self.weights.device)[..., None]
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -183,7 +188,7 @@ class MemoryLayerAttention(Attention):
         """Search with detached queries, attend with live ones.
 
         Args:
-            q: (B, H, N, D) scaled queries.
+            q: (B, H, N, D) scaled queries, on the memory's device.
             memory: the layer's memory.
 
         Returns:
@@ -229,9 +234,15 @@ class MemoryLayerAttention(Attention):
         if memory is None:
             heads, _ = self.local(q, k, v, cache)
             return self.merge(heads), pairs, None
+        # Towards a memory on the host this copy waits for the projections alone: local attention,
+        # enqueued after it, runs on the GPU while the host searches.
+        asked = q.to(memory.device)
         local, local_mass = self.local(q, k, v, cache, with_mass=self.combine == "joint")
-        found, slots, valid = self.retrieve(q, memory)
-        share = self.share(x, local_mass, found.log_mass) * found.found
-        heads = local + share[..., None] * (found.output - local)
-        retrieval = Retrieval(slots, valid, found.weights.detach(), share.detach(), q.detach())
+        found, slots, valid = self.retrieve(asked, memory)
+        output, mass, any_found = (
+            part.to(q.device) for part in (found.output, found.log_mass, found.found)
+        )
+        share = self.share(x, local_mass, mass) * any_found
+        heads = local + share[..., None] * (output - local)
+        retrieval = Retrieval(slots, valid, found.weights.detach(), share.detach(), asked.detach())
         return self.merge(heads.to(v.dtype)), pairs, retrieval

@@ -96,7 +96,7 @@ class MemoryBias(nn.Module):
         nn.init.zeros_(self.table.weight)
 
     def forward(self, distance: Tensor, age: Tensor, size: int) -> Tensor:
-        """Bias of each retrieved pair.
+        """Bias of each retrieved pair, on the device of ``distance``: it is the table that travels.
 
         Args:
             distance: (B, H, N, K) tokens between the query and the pair.
@@ -107,5 +107,6 @@ class MemoryBias(nn.Module):
             bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
         else:
             bucket = (age * self.num_buckets // size).clamp(0, self.num_buckets - 1)
-        head = torch.arange(self.table.weight.shape[1], device=bucket.device)[:, None, None]
-        return self.table.weight[bucket, head]
+        table = self.table.weight.to(bucket.device)
+        head = torch.arange(table.shape[1], device=bucket.device)[:, None, None]
+        return table[bucket, head]

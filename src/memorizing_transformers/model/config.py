@@ -30,9 +30,9 @@ class MemoryConfig:
         top_k: neighbours that each query retrieves.
         layers: indices of the layers that reach the memory, counted from 0, negative from the end;
             [] builds a model without memory. The default is one layer three quarters of the way up.
-        search: auto (by device and size, said in the log), exact, bucketed (approximate, one pass),
-            faiss (on the host, for very large memories: faiss-ivf, faiss-hnsw or faiss-flat) or
-            reference (slow and obvious).
+        search: auto (by the memory's device and size, said in the log), exact, bucketed
+            (approximate, one pass), faiss (on the host, for very large memories: faiss-ivf,
+            faiss-hnsw or faiss-flat) or reference (slow and obvious).
         recall_target: expected share of the true neighbours that an approximate search returns.
         search_bytes: bytes of scores that exact and bucketed hold at once, beside the keys of one
             head; None for what suits the device, 32 MiB on a CPU and 64 MiB elsewhere.
@@ -47,6 +47,10 @@ class MemoryConfig:
         bias_max_distance: distance in tokens from which on t5 uses the last bucket.
         dtype: storage of keys and values: float32, bfloat16, or int8 with a scale for each vector.
             A run-time choice.
+        device: where keys and values live: model, beside the weights; or cpu, in the host's memory,
+            for what is too large for a GPU: there it is also searched and attended to, and only
+            queries and the layer's outcome travel. XL caches stay beside the weights. A run-time
+            choice.
         refresh_every_n_steps: training steps after which the pairs of the documents being read are
             encoded anew with the weights of the day; 0 for never.
         drop_after_n_steps: age in training steps beyond which pairs are not retrieved any more; 0
@@ -77,6 +81,7 @@ class MemoryConfig:
     bias_buckets: int = 32
     bias_max_distance: int = 65536
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    device: Literal["model", "cpu"] = "model"
     refresh_every_n_steps: int = 0
     drop_after_n_steps: int = 0
     drop_below_cosine: float = 0.0
@@ -88,6 +93,7 @@ class MemoryConfig:
         "recall_target",
         "search_bytes",
         "dtype",
+        "device",
         "fixed_value",
         "gate_init",
         "refresh_every_n_steps",
@@ -111,6 +117,7 @@ class MemoryConfig:
         _choose(prefix + "combine", self.combine, ("gate", "fixed", "content", "joint"))
         _choose(prefix + "position_bias", self.position_bias, ("none", "t5", "learned-absolute"))
         _choose(prefix + "dtype", self.dtype, tuple(STORAGE_DTYPES))
+        _choose(prefix + "device", self.device, ("model", "cpu"))
         if not 0 < self.recall_target < 1:
             remedy = "must lie between 0 and 1; search=exact finds all"
             raise ConfigError(prefix + "recall_target", self.recall_target, remedy)

@@ -150,15 +150,22 @@ class Transformer(nn.Module):
         return found
 
     def new_memory(self, batch_size: int, device: torch.device | str | None = None) -> MemoryBank:
-        """An empty bank for ``batch_size`` rows, of the configured size, on the model's device."""
+        """An empty bank for ``batch_size`` rows, of the configured size.
+
+        Args:
+            batch_size: rows B.
+            device: where XL caches live, and with ``memory.device=model`` the memory too; None for
+                the model's own.
+        """
         config = self.config
         device = device or self.embedding.weight.device
+        place = "cpu" if config.memory.device == "cpu" else device
         dtype = STORAGE_DTYPES[config.memory.dtype]
         shape = (batch_size, config.kv_heads)
         memories = {}
         if config.memory.size:
             memories = {
-                layer: Memory(*shape, config.memory.size, config.head_width, dtype, device)
+                layer: Memory(*shape, config.memory.size, config.head_width, dtype, place)
                 for layer in config.memory_layers
             }
         caches = {}
@@ -201,10 +208,11 @@ class Transformer(nn.Module):
         """The pairs of a segment up to the last memory layer, and nothing that costs more.
 
         Args:
-            input_ids: (B, N) int64.
+            input_ids: (B, N) int64, on any device.
             memory: the bank of these B rows.
         """
         last = max(self.config.memory_layers)
+        input_ids = input_ids.to(self.embedding.weight.device)
         x = self.dropout(self.embedding(input_ids))
         pairs: list[Pairs] = []
         for index, layer in enumerate(list(self.layers)[:last]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..memory import STORAGE_DTYPES
+from ..memory.search.host import SCORE_BYTES as HOST_SCORE_BYTES
 from ..memory.search.scan import SCORE_BYTES
 from ..memory.storage import slot_bytes
 from ..model import ModelConfig
@@ -35,6 +36,7 @@ class Estimate:
     cache_bytes: int
     """XL caches."""
     activation_bytes: int
+    """Those of attention over the memory are counted on the device, wherever the memory lives."""
     search_bytes: int
     """Scratch of a search: scores that live at once."""
     index_bytes: int
@@ -48,6 +50,8 @@ class Estimate:
     refresh_flops: float
     """Encoding stored tokens anew, shared out over the steps between two refreshes."""
     checkpoint_bytes: int
+    memory_on_host: bool = False
+    """Whether the memory, and with it its search, is apart from the model."""
 
     @property
     def flops(self) -> float:
@@ -67,21 +71,25 @@ class Estimate:
     def device_bytes(self) -> int:
         """Bytes that live where the model lives."""
         state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return (
-            state
-            + self.memory_bytes
-            + self.cache_bytes
-            + self.activation_bytes
-            + (0 if self.index_bytes else self.search_bytes)
-        )
+        memory = 0 if self.memory_on_host else self.memory_bytes + self._scratch_bytes
+        return state + memory + self.cache_bytes + self.activation_bytes
 
     @property
     def host_bytes(self) -> int:
         """Bytes that live on the host beside that."""
-        return self.index_bytes
+        memory = self.memory_bytes + self._scratch_bytes if self.memory_on_host else 0
+        return self.index_bytes + memory
+
+    @property
+    def _scratch_bytes(self) -> int:
+        return 0 if self.index_bytes else self.search_bytes
 
     def lines(self) -> list[str]:
         """The estimate as aligned lines."""
+        memory = [
+            ("  memory", _bytes(self.memory_bytes)),
+            ("  search", _bytes(self._scratch_bytes)),
+        ]
         rows = [
             ("parameters", f"{self.parameters:,}"),
             ("device", _bytes(self.device_bytes)),
@@ -89,11 +97,11 @@ class Estimate:
                 "  weights, gradients, optimiser",
                 _bytes(self.weight_bytes + self.gradient_bytes + self.optimizer_bytes),
             ),
-            ("  memory", _bytes(self.memory_bytes)),
             ("  XL caches", _bytes(self.cache_bytes)),
             ("  activations", _bytes(self.activation_bytes)),
-            ("  search", _bytes(0 if self.index_bytes else self.search_bytes)),
+            *([] if self.memory_on_host else memory),
             ("host", _bytes(self.host_bytes)),
+            *(memory if self.memory_on_host else []),
             ("checkpoint", _bytes(self.checkpoint_bytes)),
             ("FLOPs a step", f"{self.flops:.3g}"),
             ("  of which the memory", f"{self.memory_share:.1%}"),
@@ -203,7 +211,8 @@ def estimate(
         index_bytes = rows * groups * memory.size * per_key * memory_layers
     weight_bytes = 4 * parameters
     optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES[optimizer])
-    room = memory.search_bytes or SCORE_BYTES
+    on_host = memory.device == "cpu"
+    room = memory.search_bytes or (HOST_SCORE_BYTES if on_host else SCORE_BYTES)
     scratch = min(room, 4 * tokens * heads * memory.size) if memory_layers else 0
     return Estimate(
         parameters=parameters,
@@ -220,4 +229,5 @@ def estimate(
         attention_flops=2.0 * retrieved,
         refresh_flops=refreshed,
         checkpoint_bytes=weight_bytes + optimizer_bytes + memory_bytes + cache_bytes,
+        memory_on_host=on_host,
     )

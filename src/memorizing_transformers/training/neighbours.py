@@ -38,8 +38,7 @@ def best_neighbour(memory: Memory, retrieval: Retrieval) -> BestNeighbour:
     Must run before the segment is committed, while the slots still hold what was retrieved.
     """
     batch, _, segment, top_k = retrieval.slots.shape
-    part = retrieval.weights * retrieval.share[..., None]
-    part = part.masked_fill(~retrieval.valid, -1.0).transpose(1, 2).flatten(2)
+    part = retrieval.parts().masked_fill(~retrieval.valid, -1.0).transpose(1, 2).flatten(2)
     weight, which = part.max(-1)
     slot = retrieval.slots.transpose(1, 2).flatten(2).gather(-1, which[..., None])[..., 0]
     found = weight >= 0
@@ -48,7 +47,7 @@ def best_neighbour(memory: Memory, retrieval: Retrieval) -> BestNeighbour:
     neighbour = memory.positions[row, slot].long()
     here = memory.written[:, None] + torch.arange(segment, device=slot.device)
     return BestNeighbour(
-        retrieval.share.mean(1),
+        retrieval.share.mean(1).to(slot.device),
         (which // top_k).masked_fill(~found, -1),
         slot.masked_fill(~found, -1),
         neighbour.masked_fill(~found, -1),

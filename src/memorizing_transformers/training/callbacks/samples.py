@@ -71,7 +71,7 @@ def describe(
     """
     start, valid = int(memory.written[row]), retrieval.valid[row, :, : len(tokens)]
     weights = retrieval.weights[row, :, : len(tokens)].masked_fill(~valid, 0.0)
-    part = weights * retrieval.share[row, :, : len(tokens), None]
+    part = retrieval.parts()[row, :, : len(tokens)].masked_fill(~valid, 0.0)
     lines = []
     for head in range(min(HEADS, part.shape[0])):
         query = int(part[head].amax(-1).argmax())
