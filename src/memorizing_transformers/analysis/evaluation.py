@@ -18,7 +18,7 @@ from ..memory.search.recall import measured_recall
 from ..model import Transformer
 from ..training import checkpoints
 from ..training.callbacks.retrieval import memory_attention
-from ..training.callbacks.timing import wait_for
+from ..training.callbacks.timing import TimedSearch, wait_for
 from ..training.export import TOKENIZER_KEY, is_packed
 
 RECALL_EVERY = 16
@@ -66,7 +66,7 @@ def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: 
     net.load_state_dict(saved, strict=False)
 
 
-class MeasuredSearch:
+class MeasuredSearch(TimedSearch):
     """A search that adds up its seconds and, on a sample of what it is asked, its recall.
 
     Args:
@@ -74,20 +74,15 @@ class MeasuredSearch:
     """
 
     def __init__(self, search: Search) -> None:
-        self.search = search
-        self.seconds = 0.0
+        super().__init__(search)
         self.aside = 0.0
         """Seconds that measuring recall took."""
         self.recalls: list[float] = []
         self._calls = 0
 
     def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
-        wait_for(queries.device)
-        began = time.perf_counter()
-        found = self.search(queries, memory, top_k)
-        wait_for(queries.device)
+        found = super().__call__(queries, memory, top_k)
         ended = time.perf_counter()
-        self.seconds += ended - began
         # With no more pairs than neighbours every search finds all.
         if int(memory.fill.max()) > top_k:
             if self._calls % RECALL_EVERY == 0:

@@ -273,12 +273,13 @@ class DocumentDataModule(LightningDataModule):
                     f"data.{split}_fraction = 0: there are no documents for {split}; raise it or "
                     f"give data.{split}_source"
                 )
-            store = TokenStore(self.store_folder, split)
+            folder = self.store_folder
             if self.cut_tokens is not None:
-                store = CutStore(store, self.cut_tokens)
-            if self.shuffle_tokens is not None:
-                store = ShuffledStore(store, self.shuffle_tokens)
-            self._stores[split] = store
+                self._stores[split] = CutStore(folder, split, self.cut_tokens)
+            elif self.shuffle_tokens is not None:
+                self._stores[split] = ShuffledStore(folder, split, self.shuffle_tokens)
+            else:
+                self._stores[split] = TokenStore(folder, split)
         return self._stores[split]
 
 

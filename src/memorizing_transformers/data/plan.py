@@ -19,6 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 IDLE = -1
 
 
+def drawn_order(count: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
+    """A permutation (count,) that depends on the seed alone, whatever the version of NumPy."""
+    # Raw bits and a stable sort: NumPy promises to keep these, unlike `permutation`.
+    bits = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
 class RowPlan:
     """A pure function of its arguments: (epoch, step) → every row's document and offset.
 
@@ -134,7 +141,5 @@ class RowPlan:
             return
         number = 0
         while True:
-            # Raw bits and a stable sort: NumPy promises to keep these, unlike `permutation`.
-            bits = np.random.PCG64(np.random.SeedSequence((self.seed, number)))
-            yield from np.argsort(bits.random_raw(len(self.segments)), kind="stable").tolist()
+            yield from drawn_order(len(self.segments), (self.seed, number)).tolist()
             number += 1

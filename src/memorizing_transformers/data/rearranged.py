@@ -1,18 +1,18 @@
-"""Stores whose documents are made of another store's tokens: controls for what memory is worth.
+"""The tokens of a store in other documents: controls for what memory is worth.
 
-Both hold the same tokens as the store beneath, in other documents. Nothing is copied or cached.
-
-Shapes: D documents.
+Both read the files of an ordinary store and write nothing.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .plan import drawn_order
 from .store import MIN_TOKENS, TokenStore
 
 
@@ -20,27 +20,26 @@ class CutStore(TokenStore):
     """Documents of ordinary length: each is cut into pieces, every piece a document of its own.
 
     Args:
-        store: the documents.
+        folder: a complete store.
+        split: its split.
         tokens: the longest piece. A last piece of one token is left out: nothing predicts it.
     """
 
-    def __init__(self, store: TokenStore, tokens: int) -> None:
-        self._adopt(store)
+    def __init__(self, folder: Path, split: str, tokens: int) -> None:
+        super().__init__(folder, split)
         self._cut = tokens
-        starts, owners = [], []
-        for owner, (begin, end) in enumerate(zip(store.offsets, store.offsets[1:], strict=False)):
-            own = np.arange(begin, end - MIN_TOKENS + 1, tokens)
-            starts.append(own)
-            owners.append(np.full(len(own), owner))
-        self._starts: NDArray[np.int64] = np.concatenate(starts)
-        self._owners: NDArray[np.int64] = np.concatenate(owners)
-        ends = np.minimum(self._starts + tokens, store.offsets[self._owners + 1])
+        whole = np.diff(self.offsets)
+        pieces = (whole - MIN_TOKENS) // tokens + 1
+        self._owners = np.repeat(np.arange(len(whole)), pieces)
+        place = np.arange(len(self._owners)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._starts: NDArray[np.int64] = self.offsets[self._owners] + place * tokens
+        ends = np.minimum(self._starts + tokens, self.offsets[self._owners + 1])
         self.lengths = ends - self._starts
-        share = self.lengths / store.lengths[self._owners]
-        self.num_bytes = np.rint(store.num_bytes[self._owners] * share).astype(np.int64)
+        share = self.lengths / whole[self._owners]
+        self.num_bytes = np.rint(self.num_bytes[self._owners] * share).astype(np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CutStore, (TokenStore(self.folder, self.split), self._cut)
+        return CutStore, (self.folder, self.split, self._cut)
 
     def read(self, index: int, start: int, stop: int) -> NDArray[Any]:
         """Some tokens of a piece."""
@@ -63,27 +62,22 @@ class ShuffledStore(TokenStore):
     prediction is another than without.
 
     Args:
-        store: the documents.
+        folder: a complete store.
+        split: its split.
         tokens: of a block.
-        seed: of the order.
     """
 
-    def __init__(self, store: TokenStore, tokens: int, seed: int = 0) -> None:
-        self._adopt(store)
-        self._block, self._seed = tokens, seed
-        whole = store.lengths // tokens
+    def __init__(self, folder: Path, split: str, tokens: int) -> None:
+        super().__init__(folder, split)
+        self._block = tokens
+        whole = self.lengths // tokens
         self._first = np.concatenate([[0], np.cumsum(whole)])
-        starts = [
-            np.arange(count) * tokens + begin
-            for count, begin in zip(whole, store.offsets, strict=False)
-        ]
-        blocks = np.concatenate(starts).astype(np.int64)
-        # Raw bits and a stable sort: NumPy promises to keep these, unlike `permutation`.
-        bits = np.random.PCG64(np.random.SeedSequence((seed, tokens))).random_raw(len(blocks))
-        self._blocks: NDArray[np.int64] = blocks[np.argsort(bits, kind="stable")]
+        place = np.arange(self._first[-1]) - np.repeat(self._first[:-1], whole)
+        blocks = np.repeat(self.offsets[:-1], whole) + place * tokens
+        self._blocks: NDArray[np.int64] = blocks[drawn_order(len(blocks), (tokens,))]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShuffledStore, (TokenStore(self.folder, self.split), self._block, self._seed)
+        return ShuffledStore, (self.folder, self.split, self._block)
 
     def read(self, index: int, start: int, stop: int) -> NDArray[Any]:
         """Some tokens of a document of blocks from anywhere."""
@@ -92,11 +86,8 @@ class ShuffledStore(TokenStore):
         parts = []
         for block in range(start // self._block, -(-stop // self._block)):
             own = first + block < last
-            begin = self._blocks[first + block] if own else self._tail(index)
             left = block * self._block
+            begin = self._blocks[first + block] if own else int(self.offsets[index]) + left
             low, high = max(start, left), min(stop, left + self._block)
             parts.append(self.tokens[begin + low - left : begin + high - left])
         return np.concatenate(parts) if parts else self.tokens[:0]
-
-    def _tail(self, index: int) -> int:
-        return int(self.offsets[index] + self.lengths[index] // self._block * self._block)

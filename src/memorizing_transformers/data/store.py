@@ -87,12 +87,6 @@ class TokenStore:
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return self.tokens[min(begin + start, end) : min(begin + stop, end)]
 
-    def _adopt(self, store: TokenStore) -> None:
-        """Stand on the files of another store."""
-        vars(self).update(
-            (name, value) for name, value in vars(store).items() if name not in ("lengths", "names")
-        )
-
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(D,) tokens of each document."""
