@@ -15,7 +15,7 @@ from typing import Any
 
 import step_shape as shape
 from measure import circumstances, save, table
-from step import Ours
+from step_ours import Ours
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 2

@@ -1,6 +1,6 @@
 """Draw perplexity against the size of the memory in the test, from tables of test-memory.yaml.
 
-python benchmarks/test_memory.py --tables runs/ablations/test-memory/trials.csv --names latex
+python benchmarks/plot_test_memory.py --tables runs/ablations/test-memory/trials.csv --names latex
 """
 
 from __future__ import annotations
