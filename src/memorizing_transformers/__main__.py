@@ -121,7 +121,7 @@ def ablate(
     """
     from .analysis.ablate import run_plan
     from .analysis.plan import check as check_plan
-    from .analysis.plan import load_plan
+    from .analysis.plan_file import load_plan
 
     loaded = load_plan(plan, overrides, out)
     if jobs < 0:
@@ -129,7 +129,9 @@ def ablate(
     if threads is not None and threads < 1:
         raise ConfigError("threads", threads, "must be at least 1")
     if check:
-        print(f"{plan}: {len(check_plan(loaded))} variants, {len(loaded.seeds)} seeds")
+        print(
+            f"{plan}: {len(check_plan(loaded))} variants, seeds {', '.join(map(str, loaded.seeds))}"
+        )
         return
     try:
         folder = run_plan(loaded, jobs, threads)

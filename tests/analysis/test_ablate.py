@@ -19,7 +19,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memorizing_transformers.analysis import ablate
-from memorizing_transformers.analysis.plan import load_plan
+from memorizing_transformers.analysis.plan_file import load_plan
 from memorizing_transformers.analysis.trial import Trial
 from memorizing_transformers.errors import UserError
 
@@ -204,7 +204,7 @@ def test_runs_side_by_side_are_dealt_out_over_the_gpus(
     runner = ablate.Runner(trials, jobs=3, threads=None)
     waiting = runner._start_ready(trials, set(), MagicMock())
     assert seen == ["2", "5", "2"]
-    second: Any = runner._running[trials[1].folder][1]
+    second: Any = runner._running[1].process
     second.returncode = 1
     runner._collect(set(), MagicMock())
     runner._start_ready(waiting, set(), MagicMock())

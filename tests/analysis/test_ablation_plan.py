@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from memorizing_transformers.__main__ import main
-from memorizing_transformers.analysis.plan import build, check, load_plan, resolve
+from memorizing_transformers.analysis.plan import build, check, resolve
+from memorizing_transformers.analysis.plan_file import load_plan
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.model import Transformer
 
@@ -60,6 +61,7 @@ def write(path: Path, base: Path, /, **changes: Any) -> Path:
         ({"variants": [{"name": "base"}]}, "base"),
         ({"variants": [{"name": "x"}, {"name": "x"}]}, "twice"),
         ({"variants": [{"name": "../x"}]}, "../x"),
+        ({"variants": [{"name": False}]}, "in quotes"),
         ({"variants": [{"overrides": {}}]}, "name"),
     ],
 )

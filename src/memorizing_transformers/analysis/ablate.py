@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,21 @@ def _check_unchanged(trial: Trial, resolved: dict[str, Any]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Running:
+    """A trial in a process of its own.
+
+    Args:
+        trial: what runs.
+        process: where.
+        gpu: the one that it sees, where there is any.
+    """
+
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    gpu: str | None
+
+
 class Runner:
     """Runs trials, as many at once as there are jobs.
 
@@ -104,9 +120,7 @@ class Runner:
         self.trials = trials
         self.jobs = jobs
         self.threads = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
-        self._running: dict[str, tuple[Trial, subprocess.Popen[bytes]]] = {}
-        self._gpus: dict[str, str] = {}
-        """By a running trial's folder, the GPU that it sees."""
+        self._running: list[Running] = []
 
     def run(self) -> None:
         """Run what is not finished; a trial that fails is noted and the others go on."""
@@ -139,22 +153,22 @@ class Runner:
                 self._here(trial)
                 self._end(trial, finished, bar)
             elif len(self._running) < self.jobs:
-                self._running[trial.folder] = (trial, self._worker(trial))
+                self._running.append(self._worker(trial))
             else:
                 left.append(trial)
         return left
 
-    def _worker(self, trial: Trial) -> subprocess.Popen[bytes]:
+    def _worker(self, trial: Trial) -> Running:
         environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))}
-        gpus = visible_gpus()
-        if gpus:
+        taken = [running.gpu for running in self._running]
+        gpu = min(visible_gpus(), key=taken.count, default=None)
+        if gpu is not None:
             # Each takes the first of those that it sees.
-            taken = [gpu for folder, gpu in self._gpus.items() if folder in self._running]
-            gpu = environment["CUDA_VISIBLE_DEVICES"] = min(gpus, key=taken.count)
-            self._gpus[trial.folder] = gpu
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", f"{__package__}.worker", trial.folder]
         with (trial.path / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        return Running(trial, process, gpu)
 
     @staticmethod
     def _here(trial: Trial) -> None:
@@ -169,12 +183,12 @@ class Runner:
                 log.write(said.getvalue())
 
     def _collect(self, finished: set[str], bar: Any) -> None:
-        for folder, (trial, process) in list(self._running.items()):
-            if process.poll() is None:
-                continue
-            del self._running[folder]
+        ended = [running for running in self._running if running.process.poll() is not None]
+        for running in ended:
+            self._running.remove(running)
+            trial, code = running.trial, running.process.returncode
             if trial.result is None and trial.failure is None:
-                trial.fail(f"its process ended with code {process.returncode}, see log.txt")
+                trial.fail(f"its process ended with code {code}, see log.txt")
             self._end(trial, finished, bar)
 
     @staticmethod
@@ -186,22 +200,23 @@ class Runner:
 
     def _stand(self) -> str:
         parts = []
-        for trial, _ in self._running.values():
+        for running in self._running:
+            trial = running.trial
             at = read_json(trial.path / "progress.json")
             steps = "" if at is None else f" {at['step']}/{at['of']}"
             parts.append(f"{trial.variant} seed {trial.seed}{steps}")
         return ", ".join(parts)
 
     def _stop(self) -> None:
-        for _, process in self._running.values():
-            process.terminate()
-        for _, process in self._running.values():
+        for running in self._running:
+            running.process.terminate()
+        for running in self._running:
             try:
-                process.wait(STOP_SECONDS)
+                running.process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._running = {}
+                running.process.kill()
+                running.process.wait()
+        self._running = []
 
 
 def run_plan(plan: Plan, jobs: int = 1, threads: int | None = None) -> Path:

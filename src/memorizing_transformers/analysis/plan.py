@@ -6,13 +6,10 @@ import contextlib
 import io
 import json
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -21,24 +18,6 @@ from ..training.cli import MemoryCLI, read_config
 
 BASE = "base"
 """The variant that is the base itself; every plan has it."""
-
-OWNED = {
-    "seed_everything": "seeds",
-    "data.seed": "seeds",
-    "trainer.max_steps": "budget",
-    "trainer.max_time": "budget",
-    "trainer.max_epochs": "budget",
-    "trainer.default_root_dir": "out",
-    "trainer.logger": "out",
-    "trainer.devices": "one device a variant",
-    "trainer.num_nodes": "one device a variant",
-    "trainer.strategy": "one device a variant",
-    "final_report": "split",
-    "ckpt_path": "from",
-}
-"""Keys of a config that a plan sets by itself, and what of the plan says so."""
-
-NAME = re.compile(r"[\w.+-]+")
 
 
 @dataclass(frozen=True)
@@ -198,111 +177,3 @@ def check(plan: Plan) -> dict[str, dict[str, Any]]:
         UserError: where one cannot work.
     """
     return {variant.name: resolve(plan, variant, plan.seeds[0]) for variant in plan.variants}
-
-
-def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, Any]:
-    """A mapping of a plan's, its keys among the fields of ``kind``."""
-    if not isinstance(given, dict):
-        raise ConfigError(where, given, "must be a mapping")
-    names = [renamed if f.name == "source" and renamed else f.name for f in fields(kind)]
-    for key in given:
-        if key not in names:
-            raise ConfigError(where, key, f"no such key; there is {', '.join(names)}")
-    return {"source" if key == renamed else key: value for key, value in given.items()}
-
-
-def _overrides(given: Any, where: str) -> dict[str, Any]:
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise ConfigError(where, given, "must map dotted keys to values")
-    for key, value in given.items():
-        if key in OWNED:
-            raise ConfigError(f"{where}.{key}", value, f"is the plan's own matter ({OWNED[key]})")
-    return given
-
-
-def _variant(given: Any, number: int) -> Variant:
-    where = f"variants[{number}]"
-    found = _known(Variant, given, where, "from")
-    name = found.get("name")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ConfigError(f"{where}.name", name, "must be letters, digits, and any of . _ + -")
-    where = f"variants.{name}"
-    found["overrides"] = _overrides(found.get("overrides", {}), f"{where}.overrides")
-    run = found.setdefault("run", "train")
-    if run not in ("train", "evaluate"):
-        raise ConfigError(f"{where}.run", run, "must be train or evaluate")
-    if "budget" in found:
-        if run != "train" or found.get("source") is None:
-            remedy = "only a variant that trains from another's weights has its own"
-            raise ConfigError(f"{where}.budget", found["budget"], remedy)
-        found["budget"] = Budget(**_known(Budget, found["budget"], f"{where}.budget"))
-    if run == "evaluate":
-        found.setdefault("source", BASE)
-    return Variant(**found)
-
-
-def _check_sources(variants: tuple[Variant, ...]) -> None:
-    by_name = {variant.name: variant for variant in variants}
-    for variant in variants:
-        key, seen, at = f"variants.{variant.name}.from", {variant.name}, variant
-        while at.source is not None:
-            if at.source not in by_name or by_name[at.source].run != "train":
-                raise ConfigError(key, at.source, "must name a variant that is trained")
-            if at.source in seen:
-                raise ConfigError(key, variant.source, "goes round in a circle")
-            seen.add(at.source)
-            at = by_name[at.source]
-
-
-def load_plan(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, out: str | None = None
-) -> Plan:
-    """Read a plan and refuse what is no plan; ``check`` looks at the configs themselves.
-
-    Args:
-        path: the YAML file.
-        overrides: laid over the plan's own overrides of the base.
-        out: in place of the plan's own folder.
-
-    Raises:
-        UserError: naming the key, its value and what would do.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("plan", str(path), f"cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError("plan", str(path), f"is no YAML: {error}") from error
-    given = _known(Plan, content, "plan")
-    if not isinstance(given.get("base"), str) or not Path(given["base"]).is_file():
-        raise ConfigError("base", given.get("base"), "must be the path of a training config")
-    listed = given.get("variants")
-    if not isinstance(listed, list) or not listed:
-        raise ConfigError("variants", listed, "must list at least one variant")
-    variants = (Variant(BASE), *(_variant(one, number) for number, one in enumerate(listed)))
-    names = [variant.name for variant in variants]
-    for name in names:
-        if names.count(name) > 1:
-            remedy = "is the plan's own" if name == BASE else "stands there twice"
-            raise ConfigError("variants", name, remedy)
-    _check_sources(variants)
-    reference = given.get("reference", BASE)
-    if reference not in names:
-        raise ConfigError("reference", reference, "must name a variant")
-    seeds = given.get("seeds", [0])
-    plain = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
-    if not plain or not seeds or len({*seeds}) < len(seeds):
-        raise ConfigError("seeds", seeds, "must list different whole numbers from 0 up")
-    if given.get("split", "test") not in ("test", "validation"):
-        raise ConfigError("split", given["split"], "must be test or validation")
-    own = _overrides(given.get("overrides", {}), "overrides")
-    return Plan(
-        base=given["base"],
-        variants=variants,
-        budget=Budget(**_known(Budget, given.get("budget", {}), "budget")),
-        overrides={**own, **_overrides(overrides or {}, "overrides")},
-        seeds=tuple(seeds),
-        reference=reference,
-        split=given.get("split", "test"),
-        out=out or given.get("out") or f"runs/ablations/{Path(path).stem}",
-    )
