@@ -15,20 +15,24 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+TRAINED = {"": "after an eighth of the training", "longer-": "after as much training again"}
+"""What the names of variants begin with, and how long their memory was trained with."""
 
-def points(path: Path) -> dict[int, list[float]]:
-    """Perplexities of all seeds by slots, from the variants whose names are mem and a number."""
-    found: dict[int, list[float]] = {}
+
+def points(path: Path) -> dict[str, dict[int, list[float]]]:
+    """By how a variant's name begins and its slots, the perplexities of all seeds."""
+    found: dict[str, dict[int, list[float]]] = {}
     with path.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            named = re.fullmatch(r"mem(\d+)", row["variant"])
+            named = re.fullmatch(rf"({'|'.join(TRAINED)})mem(\d+)", row["variant"])
             if named and row["perplexity"]:
-                found.setdefault(int(named[1]), []).append(float(row["perplexity"]))
-    return dict(sorted(found.items()))
+                line = found.setdefault(named[1], {})
+                line.setdefault(int(named[2]), []).append(float(row["perplexity"]))
+    return found
 
 
 def main() -> None:
-    """Draw one line for each table."""
+    """Draw a panel for each table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", type=Path, nargs="+", required=True)
     parser.add_argument("--names", nargs="+", required=True)
@@ -39,13 +43,15 @@ def main() -> None:
         found = points(path)
         if not found:
             raise SystemExit(f"{path} has no variant named mem and a number")
-        means = [sum(some) / len(some) for some in found.values()]
-        axis.plot(list(found), means, marker="o")
+        for kind, line in found.items():
+            means = [sum(some) / len(some) for some in line.values()]
+            axis.plot(list(line), means, marker="o", label=TRAINED[kind])
         axis.set_xscale("symlog", base=2, linthresh=256)
-        ticks = list(found)
+        ticks = sorted({slots for line in found.values() for slots in line})
         axis.set_xticks(ticks, [f"{slots:,}" for slots in ticks], rotation=45)
         axis.set(title=name, xlabel="slots of memory in the test", ylabel="perplexity")
         axis.grid(alpha=0.3)
+        axis.legend()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(given.out, dpi=120)

@@ -40,6 +40,19 @@ def test_seeds_are_averaged_and_long_documents_weigh_more() -> None:
     assert found is not None
     assert found.loss == pytest.approx(-10 / 40)
     assert found.documents == 2
+    assert found.spread == pytest.approx(0)
+
+
+def test_the_spread_is_over_the_differences_of_the_seeds() -> None:
+    base = [{"a": [10, 20.0, 1]}, {"a": [10, 90.0, 1]}, {"a": [10, 50.0, 1]}]
+    other = [{"a": [10, 17.0, 1]}, {"a": [10, 88.0, 1]}, {"a": [10, 49.0, 1]}]
+    found = compare(other, base)
+    assert found is not None
+    assert found.loss == pytest.approx(-0.2)
+    assert found.spread == pytest.approx(0.1)
+    alone = compare(other[:1], base[:1])
+    assert alone is not None
+    assert alone.spread is None
 
 
 @pytest.mark.parametrize("other", [{"a": [10, 1.0, 2]}, {"a": [9, 1.0, 1]}, {"b": [10, 1.0, 1]}])

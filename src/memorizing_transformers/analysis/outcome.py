@@ -121,8 +121,9 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     for row in rows:
         difference = ""
         if row.difference is not None:
-            loss, p_value, _ = row.difference
-            difference = f"{loss:+.4f} ({p_value:.2g})"
+            loss, p_value, _, spread = row.difference
+            spread_text = "" if spread is None else f" ± {spread:.4f}"
+            difference = f"{loss:+.4f}{spread_text} ({p_value:.2g})"
         cells = [
             row.name,
             row.how if row.mean or not row.failures else "failed",
@@ -160,7 +161,7 @@ def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
     for key in FIGURES:
         names += [key, f"{key}_std"]
     names += [f"{key}_relative" for key in RELATIVE]
-    names += ["loss_difference", "p_value", "documents", "failures"]
+    names += ["loss_difference", "loss_difference_std", "p_value", "documents", "failures"]
     reference = _reference(plan, rows)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -170,8 +171,9 @@ def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
             record |= row.mean | {f"{key}_std": value for key, value in row.spread.items()}
             record |= {f"{key}_relative": relative(row, reference, key) for key in RELATIVE}
             if row.difference is not None:
-                loss, p_value, documents = row.difference
-                record |= {"loss_difference": loss, "p_value": p_value, "documents": documents}
+                loss, p_value, documents, spread = row.difference
+                record |= {"loss_difference": loss, "loss_difference_std": spread}
+                record |= {"p_value": p_value, "documents": documents}
             writer.writerow({**record, "failures": "; ".join(row.failures)})
 
 

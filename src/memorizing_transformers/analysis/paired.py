@@ -20,6 +20,8 @@ class Difference(NamedTuple):
     p_value: float
     """Chance of a difference at least as large, either way, if neither were better."""
     documents: int
+    spread: float | None
+    """Sample standard deviation of the loss over seeds, where there are several."""
 
 
 def sign_flip_test(tokens: ArrayLike, losses: ArrayLike, base: ArrayLike, seed: int = 0) -> float:
@@ -67,9 +69,15 @@ def compare(
     if not names or any(read != reads[0] for read in reads):
         return None
     tokens = np.array([base[0][name][0] for name in names])
+    # Both (seeds, documents).
     ours, theirs = (
-        np.mean([[one[name][1] for name in names] for one in several], axis=0)
+        np.array([[one[name][1] for name in names] for one in several])
         for several in (variant, base)
     )
-    loss = float((ours - theirs).sum() / tokens.sum())
-    return Difference(loss, sign_flip_test(tokens, ours, theirs), len(names))
+    by_seed = (ours - theirs).sum(axis=1) / tokens.sum()
+    return Difference(
+        loss=float(by_seed.mean()),
+        p_value=sign_flip_test(tokens, ours.mean(axis=0), theirs.mean(axis=0)),
+        documents=len(names),
+        spread=float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+    )
