@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, UserError
@@ -133,13 +135,17 @@ def ablate(
             f"{plan}: {len(check_plan(loaded))} variants, seeds {', '.join(map(str, loaded.seeds))}"
         )
         return
+    # A polite kill is a Ctrl-C: the runs are told, and can go on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        folder = run_plan(loaded, jobs, threads)
+        trials = run_plan(loaded, jobs, threads)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"results: {folder}")
+    print(Path(loaded.out, "table.md").read_text(encoding="utf-8"))
+    print(f"results: {loaded.out}")
+    if any(trial.failure is not None for trial in trials):
+        sys.exit(1)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

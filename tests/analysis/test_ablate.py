@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +18,14 @@ from unittest.mock import MagicMock
 
 import pytest
 import yaml
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from memorizing_transformers.__main__ import main
 from memorizing_transformers.analysis import ablate
 from memorizing_transformers.analysis.plan_file import load_plan
 from memorizing_transformers.analysis.trial import Trial
+from memorizing_transformers.analysis.trial_callbacks import SameTexts
 from memorizing_transformers.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,7 +72,8 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a plan that ran without being stopped."""
     folder = tmp_path_factory.mktemp("whole")
     plan = write_plan(folder / "plan.yaml", base, folder / "out")
-    return ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), jobs=0)
+    return folder / "out"
 
 
 def test_ends_with_table_plot_and_hparams(whole: Path) -> None:
@@ -75,6 +81,7 @@ def test_ends_with_table_plot_and_hparams(whole: Path) -> None:
     for name in ("base", *(variant["name"] for variant in VARIANTS)):
         assert f"| {name} |" in table
     assert (whole / "plot.png").stat().st_size > 1000
+    assert len(list(whole.glob("*/*/texts.json"))) == 1 + len(VARIANTS)
     found = rows(whole / "table.csv")
     base, control = found["base"], found["no-memory"]
     gap = float(control["loss"]) - float(base["loss"])
@@ -139,6 +146,87 @@ def test_finished_variants_never_run_again(whole: Path, monkeypatch: pytest.Monk
     ablate.run_plan(load_plan(whole.parent / "plan.yaml"), jobs=0)
     assert ran == ["broken"]
     assert results(whole) == before
+
+
+def test_the_command_tells_of_failures(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = whole.parent / "plan.yaml"
+    command = ["ablate", "--plan", str(plan), "--jobs", "0"]
+    monkeypatch.setattr("sys.argv", ["memorizing_transformers", *command])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert left.value.code == 1
+
+
+def test_a_trial_that_came_to_its_end_has_not_failed(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    # What a worker leaves that outlived its runner, and whose trial another then gave up.
+    (out / "base" / "seed-0" / "failed.json").write_text('{"reason": "another process"}')
+    (out / "larger" / "seed-0" / "result.json").unlink()
+    trials = ablate.run_plan(load_plan(whole.parent / "plan.yaml", out=str(out)), jobs=0)
+    assert {trial.variant for trial in trials if trial.failure is not None} == {"broken"}
+    assert rows(out / "table.csv")["larger"]["loss"] == rows(whole / "table.csv")["larger"]["loss"]
+
+
+def test_a_source_that_changed_takes_those_with_it_that_start_from_it(
+    base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    plan = write_plan(tmp_path / "plan.yaml", base, out)
+    ablate.make_trials(load_plan(plan))
+    faster = {"model.memory.layers": [], "model.optimizer.lr": 0.5}
+    changed = [{**VARIANTS[0], "overrides": faster}, *VARIANTS[1:]]
+    plan = write_plan(tmp_path / "plan.yaml", base, out, variants=changed)
+    shutil.rmtree(out / "no-memory")
+    with pytest.raises(UserError, match=r"variants\.retrofit: from\.model\.optimizer\.lr = 0\.5"):
+        ablate.make_trials(load_plan(plan))
+    shutil.rmtree(out / "retrofit")
+    ablate.make_trials(load_plan(plan))
+
+
+def test_a_folder_that_moved_is_the_same(base: Path, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
+    ablate.make_trials(load_plan(plan))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    ablate.make_trials(load_plan(plan, out=str(tmp_path / "moved")))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": 1}'])
+def test_a_damaged_note_is_named(base: Path, tmp_path: Path, content: str) -> None:
+    plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
+    ablate.make_trials(load_plan(plan))
+    note = tmp_path / "out" / "base" / "seed-0" / "trial.json"
+    note.write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(note))):
+        ablate.make_trials(load_plan(plan))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("no folder")
+    plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
+    with pytest.raises(UserError, match="out = "):
+        ablate.make_trials(load_plan(plan))
+
+
+def test_texts_that_changed_are_refused(tmp_path: Path) -> None:
+    def read(variant: str, settings: str, store: str) -> None:
+        folder = tmp_path / variant / "seed-0"
+        folder.mkdir(parents=True, exist_ok=True)
+        data = MagicMock(store_folder=Path(store))
+        data.settings.__repr__ = lambda _: settings
+        SameTexts(folder).setup(MagicMock(datamodule=data), None, "fit")
+
+    read("base", "novels", "a")
+    read("other", "novels", "a")
+    read("again", "poems", "b")
+    read("base", "novels", "a")
+    with pytest.raises(UserError, match="since base/seed-0 read them"):
+        read("new", "novels", "c")
+    assert not (tmp_path / "new" / "seed-0" / "texts.json").exists()
 
 
 def test_a_changed_plan_does_not_go_on_in_the_same_folder(whole: Path) -> None:
@@ -225,11 +313,71 @@ def test_a_budget_of_minutes_saves_its_end(base: Path, tmp_path: Path) -> None:
         seeds=[0, 1],
         budget={"minutes": 0.05},
     )
-    out = ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), jobs=0)
+    out = tmp_path / "out"
     assert float(rows(out / "table.csv")["base"]["perplexity_std"]) > 0
     for found in out.glob("base/*/result.json"):
         assert 1 < json.loads(found.read_text())["train_seconds"] < 6
     assert len(list(out.glob("*/*/result.json"))) == 4
+
+
+@pytest.mark.slow
+def test_training_that_ends_early_has_failed(base: Path, tmp_path: Path) -> None:
+    stop = {
+        "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+        "init_args": {"monitor": "train/loss", "divergence_threshold": 0.0, "strict": False},
+    }
+    callbacks = [*yaml.safe_load(base.read_text())["trainer"].get("callbacks", []), stop]
+    plan = write_plan(
+        tmp_path / "plan.yaml",
+        base,
+        tmp_path / "out",
+        variants=[{"name": "early", "overrides": {"trainer.callbacks": callbacks}}],
+    )
+    trials = ablate.run_plan(load_plan(plan), jobs=0)
+    failures = {trial.variant: trial.failure for trial in trials}
+    assert failures["base"] is None
+    assert "of 24" in str(failures["early"])
+
+
+@pytest.mark.slow
+def test_a_polite_kill_leaves_nobody_behind(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = write_plan(tmp_path / "plan.yaml", base, out, budget={"minutes": 30})
+    command = [sys.executable, "-m", "memorizing_transformers", "ablate", "--plan", str(plan)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    trial = out / "base" / "seed-0"
+    deadline = time.monotonic() + 300
+    while not (trial / "progress.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert "stopped; the same command goes on" in process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    with FileLock(trial / ".lock", timeout=0):
+        assert not (trial / "failed.json").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_ends_with_its_runner(tmp_path: Path) -> None:
+    worker = (
+        "import os, threading, time; from memorizing_transformers.analysis.worker import end_with;"
+        "threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start();"
+        "print(os.getpid(), flush=True); time.sleep(300)"
+    )
+    runner = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
+    process = subprocess.Popen([sys.executable, "-c", runner, worker], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    killed = time.monotonic()
+    # The pipe ends with the last process that holds it.
+    assert process.stdout.read() == b""
+    assert time.monotonic() < killed + 60
+    process.stdout.close()
+    assert pid != process.pid
 
 
 @pytest.mark.slow

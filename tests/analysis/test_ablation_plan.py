@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def write(path: Path, base: Path, /, **changes: Any) -> Path:
         ({"variants": [{"name": "x"}, {"name": "x"}]}, "twice"),
         ({"variants": [{"name": "../x"}]}, "../x"),
         ({"variants": [{"name": False}]}, "in quotes"),
+        ({"variants": [{"name": ".."}]}, ".."),
+        ({"variants": [{"name": "x" * 300}]}, "xxx"),
+        ({"variants": [{"name": "tensorboard"}]}, "tensorboard"),
+        ({"variants": [{"name": "x"}, {"name": "X"}]}, "twice"),
+        ({"budget": {"minutes": float("inf")}}, "inf"),
+        ({"budget": {"minutes": 0.001}}, "0.001"),
+        ({"seeds": [2**32]}, "4294967296"),
+        (variant(**{"from": ["base"]}), "['base']"),
+        (variant(overrides={"trainer": {"max_epochs": 1}}), "overrides.trainer.max_epochs"),
+        (variant(overrides={"data": {"seed": 3}}), "overrides.data.seed"),
+        (variant(overrides={"data.source": date(2020, 1, 1)}), "quotes"),
+        (variant(overrides={"print_config": True}), "print_config"),
+        ({"overrides": {"data.test_fraction": 0.0}}, "data.test_fraction"),
         ({"variants": [{"overrides": {}}]}, "name"),
     ],
 )
@@ -83,6 +97,49 @@ def test_bad_plans_are_refused_before_anything_runs(
     assert len(error.strip().splitlines()) == 1
     assert said in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"budget: {tokens: 640}\nbudget: {tokens: 1280}\n", "budget stands there twice"),
+        ("variants: [{name: \u00e9}]".encode("latin-1"), "UTF-8"),
+    ],
+)
+def test_bad_files_are_refused(text: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=said):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_merged_mappings_may_lay_a_key_over_another(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(
+        f"base: {base}\nbudget: {{tokens: 640}}\nvariants:\n"
+        "  - {name: a, overrides: &a {model.d_model: 8, model.d_ff: 8}}\n"
+        "  - {name: b, overrides: &b {<<: *a, model.d_ff: 16}}\n"
+        "  - {name: c, overrides: {<<: *b, model.d_ff: 32}}\n"
+    )
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert [plan.variant(name).overrides["model.d_ff"] for name in "abc"] == [8, 16, 32]
+
+
+def test_a_folder_that_is_no_text_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="out = 3"):
+        load_plan(write(tmp_path / "plan.yaml", base, out=3))
+
+
+def test_nested_overrides_are_dotted_ones(base: Path, tmp_path: Path) -> None:
+    nested = {"model": {"memory": {"size": 16}, "d_ff": 8}}
+    plan = write(tmp_path / "plan.yaml", base, variants=[{"name": "x", "overrides": nested}])
+    assert load_plan(plan).variant("x").overrides == {"model.memory.size": 16, "model.d_ff": 8}
+
+
+def test_a_base_with_a_limit_of_its_own_is_refused(base: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(base.read_text())
+    config["trainer"]["max_epochs"] = 1
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"trainer\.max_epochs = 1"):
+        check(load_plan(write(tmp_path / "plan.yaml", tmp_path / "base.yaml")))
 
 
 def test_overrides_of_the_command_lie_over_the_plans_own(base: Path, tmp_path: Path) -> None:

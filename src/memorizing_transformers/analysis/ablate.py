@@ -17,12 +17,15 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import ConfigError, UserError
+from .notes import read_json
 from .outcome import write_outcome
 from .plan import Plan, resolve
-from .trial import Trial, read_json, run_trial
+from .trial import Trial, run_trial
 
 POLL_SECONDS = 0.2
+TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
+"""Between two states of the progress bar."""
 STOP_SECONDS = 30
 """How long a worker may take to leave when it is told to."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
@@ -41,11 +44,13 @@ def make_trials(plan: Plan) -> list[Trial]:
     """Every trial, those first that others start from, each noted in its folder.
 
     Raises:
-        UserError: where a config cannot work, or a folder holds a trial of another config.
+        UserError: where a config cannot work, a folder holds a trial of another config, or the
+            plan's folder cannot be written.
     """
-    out, trials, asked = Path(plan.out), [], []
+    out, trials = Path(plan.out), []
     order = sorted(plan.variants, key=lambda variant: _depth(plan, variant.name))
     configs = {variant.name: resolve(plan, variant, plan.seeds[0]) for variant in order}
+    asked: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in plan.seeds:
         for variant in order:
             folder = out / variant.name / f"seed-{seed}"
@@ -64,11 +69,19 @@ def make_trials(plan: Plan) -> list[Trial]:
                 source=None if source is None else str(source),
                 split=plan.split,
             )
-            _check_unchanged(trial, resolved)
+            own = {"train": trial.train, "split": plan.split, "from": variant.source, **resolved}
+            if variant.source is not None:
+                weights = asked[variant.source, seed]
+                own |= {f"from.{key}": value for key, value in weights.items()}
+            asked[variant.name, seed] = own
             trials.append(trial)
-            asked.append(resolved)
-    for trial, resolved in zip(trials, asked, strict=True):
-        trial.save(resolved)
+    try:
+        for trial in trials:
+            _check_unchanged(trial, asked[trial.variant, trial.seed])
+        for trial in trials:
+            trial.save(asked[trial.variant, trial.seed])
+    except OSError as error:
+        raise ConfigError("out", plan.out, f"cannot be written ({error.strerror})") from error
     return trials
 
 
@@ -77,12 +90,13 @@ def _depth(plan: Plan, name: str) -> int:
     return 0 if source is None else 1 + _depth(plan, source)
 
 
-def _check_unchanged(trial: Trial, resolved: dict[str, Any]) -> None:
-    noted = read_json(trial.path / "trial.json")
-    if noted is None:
-        return
-    now = {"train": trial.train, "source": trial.source, "split": trial.split, **resolved}
-    before = {**{key: noted[key] for key in ("train", "source", "split")}, **noted["resolved"]}
+def _check_unchanged(trial: Trial, now: dict[str, Any]) -> None:
+    path = trial.path / "trial.json"
+    try:
+        noted = read_json(path)
+        before = now if noted is None else dict(noted["asked"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; delete that folder, or give another --out") from error
     changed = [key for key in now if now[key] != before.get(key)]
     if changed:
         key = changed[0]
@@ -113,13 +127,15 @@ class Runner:
     Args:
         trials: those first that others start from.
         jobs: processes at once; 0 runs the trials one after the other in this process.
-        threads: of each process; None shares the processors out.
+        threads: of each process; None for ``OMP_NUM_THREADS``, or the processors shared out.
     """
 
     def __init__(self, trials: list[Trial], jobs: int, threads: int | None) -> None:
         self.trials = trials
         self.jobs = jobs
-        self.threads = threads or max(1, (os.cpu_count() or 1) // max(1, jobs))
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        share = (os.cpu_count() or 1) // max(1, jobs)
+        self.threads = threads or (int(given) if given.isdecimal() else share) or 1
         self._running: list[Running] = []
 
     def run(self) -> None:
@@ -128,15 +144,18 @@ class Runner:
         waiting = [trial for trial in self.trials if trial.folder not in finished]
         for trial in waiting:
             (trial.path / "failed.json").unlink(missing_ok=True)
-        total = len(self.trials)
-        with tqdm(total=total, initial=len(finished), unit="run", desc="ablate") as bar:
+        # A log file needs fewer lines than a terminal.
+        every = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
+        shape = {"total": len(self.trials), "initial": len(finished), "unit": "run"}
+        with tqdm(**shape, desc="ablate", miniters=0, mininterval=every) as bar:
             try:
                 while waiting or self._running:
                     waiting = self._start_ready(waiting, finished, bar)
                     if self._running:
                         time.sleep(POLL_SECONDS)
                         self._collect(finished, bar)
-                    bar.set_postfix_str(self._stand())
+                    bar.set_postfix_str(self._stand(), refresh=False)
+                    bar.update(0)
             finally:
                 self._stop()
 
@@ -145,7 +164,7 @@ class Runner:
         for trial in waiting:
             if trial.source is not None and trial.source not in finished:
                 left.append(trial)
-            elif trial.source is not None and read_json(Path(trial.source, "failed.json")):
+            elif trial.source is not None and not Path(trial.source, "trained.json").is_file():
                 trial.fail(f"the weights it starts from are missing: {trial.source} failed")
                 self._end(trial, finished, bar)
             elif self.jobs == 0:
@@ -219,8 +238,8 @@ class Runner:
         self._running = []
 
 
-def run_plan(plan: Plan, jobs: int = 1, threads: int | None = None) -> Path:
-    """Run what is left of a plan and write its table; returns the folder.
+def run_plan(plan: Plan, jobs: int = 1, threads: int | None = None) -> list[Trial]:
+    """Run what is left of a plan and write its table into the plan's folder; returns its trials.
 
     Raises:
         UserError: where the plan cannot work, before anything runs.
@@ -232,4 +251,4 @@ def run_plan(plan: Plan, jobs: int = 1, threads: int | None = None) -> Path:
             write_outcome(plan, trials)
     except Timeout as error:
         raise UserError(f"out = {plan.out!r}: another ablate is at work there") from error
-    return Path(plan.out)
+    return trials

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .notes import read_json
 from .paired import Difference, compare
 from .plan import Plan
-from .trial import Trial, read_json
+from .trial import Trial
 
 FIGURES = (
     "perplexity",
@@ -202,7 +203,7 @@ def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
         if row.name == plan.reference:
             axes.axvline(mean, color="gray", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
-    axes.invert_yaxis()
+    axes.set_ylim(max(1, len(shown)) - 0.5, -0.5)
     axes.set_xlabel(f"{plan.split} perplexity (± standard deviation over seeds)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -218,8 +219,8 @@ def write_hparams(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None:
         result = trial.result
         if result is None:
             continue
-        resolved = read_json(trial.path / "trial.json")["resolved"]
-        plain = {key: resolved.get(key) for key in keys}
+        asked = read_json(trial.path / "trial.json")["asked"]
+        plain = {key: asked.get(key) for key in keys}
         settings = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in plain.items()

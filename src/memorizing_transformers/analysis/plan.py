@@ -8,16 +8,22 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ..data.settings import SourceSettings
 from ..errors import ConfigError, UserError
 from ..training.cli import MemoryCLI, read_config
 
 BASE = "base"
 """The variant that is the base itself; every plan has it."""
+
+LEAST_MINUTES, MOST_MINUTES = 1 / 60, 366 * 24 * 60
+LONGEST_REASON = 300
+"""Characters of what the parser says; it may quote a whole file."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         one = (self.tokens is None) != (self.minutes is None)
-        whole = self.tokens is None or type(self.tokens) is int
-        number = self.minutes is None or type(self.minutes) in (int, float)
-        if not (one and whole and number and (self.tokens or self.minutes or 0) > 0):
-            remedy = "give tokens (a whole number) or minutes, one of them, above 0"
+        whole = self.tokens is None or (type(self.tokens) is int and self.tokens > 0)
+        number = self.minutes is None or (
+            type(self.minutes) in (int, float) and LEAST_MINUTES <= self.minutes <= MOST_MINUTES
+        )
+        if not (one and whole and number):
+            remedy = (
+                "give tokens (a whole number above 0) or minutes (a second to a year), one of them"
+            )
             raise ConfigError("budget", vars(self), remedy)
 
 
@@ -103,9 +113,10 @@ class Plan:
         """
         budget = variant.budget or self.budget
         trainer = cli.config["trainer"]
-        if trainer["max_time"] is not None:
-            remedy = "take it out of the base; the budget stands for it"
-            raise ConfigError("trainer.max_time", trainer["max_time"], remedy)
+        for key in ("max_time", "max_epochs"):
+            if trainer[key] not in (None, -1):
+                remedy = "take it out of the base; the budget stands for it"
+                raise ConfigError(f"trainer.{key}", trainer[key], remedy)
         if budget.tokens is None:
             assert budget.minutes is not None
             minutes, seconds = divmod(round(60 * budget.minutes), 60)
@@ -140,9 +151,10 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
         with contextlib.redirect_stderr(said):
             cli = read_config(plan.base, arguments(settings))
             limits = plan.limits(variant, cli)
+            _check_split(plan.split, cli.datamodule.settings.sources)
     except SystemExit as stop:
         # The parser prints what it has to say.
-        reason = said.getvalue().strip().removeprefix("error: ")
+        reason = shorten(said.getvalue().removeprefix("error: "), LONGEST_REASON)
         raise UserError(f"variants.{variant.name}: {reason}") from stop
     except (ValueError, MisconfigurationException) as error:
         raise UserError(f"variants.{variant.name}: {error}") from error
@@ -152,6 +164,14 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
     # The path of the base itself is no setting.
     found.pop("config", None)
     return cli, {**found, **settings, **limits}
+
+
+def _check_split(split: str, sources: SourceSettings) -> None:
+    given = getattr(sources, f"{split}_source")
+    share = sources.fractions[split]
+    if given is None and share == 0:
+        remedy = f"leaves nothing for split: {split}; give a share, or data.{split}_source"
+        raise ConfigError(f"data.{split}_fraction", share, remedy)
 
 
 def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -26,10 +27,28 @@ OWNED = {
     "trainer.strategy": "one device a variant",
     "final_report": "split",
     "ckpt_path": "from",
+    "config": "base",
+    "print_config": "base",
 }
 """Keys of a config that a plan sets by itself, and what of the plan says so."""
 
-NAME = re.compile(r"[\w.+-]+")
+NAME = re.compile(r"\w[\w.+-]{0,99}")
+TAKEN = ("tensorboard", "table.md", "table.csv", "trials.csv", "plot.png")
+"""What else stands in a plan's folder."""
+
+
+class Strict(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As yaml's own, before mappings are merged into one another."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            reason = f"{twice} stands there twice"
+            raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
+        return node
 
 
 def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, Any]:
@@ -46,10 +65,25 @@ def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, A
 def _overrides(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ConfigError(where, given, "must map dotted keys to values")
-    for key, value in given.items():
+    flat = _flat(given)
+    for key, value in flat.items():
         if key in OWNED:
             raise ConfigError(f"{where}.{key}", value, f"is the plan's own matter ({OWNED[key]})")
-    return given
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            remedy = "must be text, a number, true, false, null, or lists of them; quotes make text"
+            raise ConfigError(f"{where}.{key}", value, remedy) from error
+    return flat
+
+
+def _flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted keys, also where mappings stand in one another; a class stays whole."""
+    flat: dict[str, Any] = {}
+    for key, value in given.items():
+        nested = isinstance(value, dict) and value and "class_path" not in value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def _variant(given: Any, number: int) -> Variant:
@@ -59,8 +93,12 @@ def _variant(given: Any, number: int) -> Variant:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         remedy = "must be letters, digits and any of . _ + -, in quotes if YAML reads no text"
         raise ConfigError(f"{where}.name", name, remedy)
+    if name.lower() in TAKEN:
+        raise ConfigError(f"{where}.name", name, "is what a result of the plan is called")
     where = f"variants.{name}"
     found["overrides"] = _overrides(found.get("overrides", {}), f"{where}.overrides")
+    if not isinstance(found.get("source"), str | None):
+        raise ConfigError(f"{where}.from", found["source"], "must be the name of a variant")
     run = found.setdefault("run", "train")
     if run not in ("train", "evaluate"):
         raise ConfigError(f"{where}.run", run, "must be train or evaluate")
@@ -101,9 +139,12 @@ def load_plan(
         UserError: naming the key, its value and what would do.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # Safe: the loader is yaml's own, made stricter.
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Strict)
     except OSError as error:
         raise ConfigError("plan", str(path), f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("plan", str(path), "must be text in UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError("plan", str(path), f"is no YAML: {error}") from error
     given = _known(Plan, content, "plan")
@@ -114,20 +155,25 @@ def load_plan(
         raise ConfigError("variants", listed, "must list at least one variant")
     variants = (Variant(BASE), *(_variant(one, number) for number, one in enumerate(listed)))
     names = [variant.name for variant in variants]
-    for name in names:
-        if names.count(name) > 1:
-            remedy = "is the plan's own" if name == BASE else "stands there twice"
+    # Some file systems do not tell case apart.
+    folders = [name.lower() for name in names]
+    for name in names[1:]:
+        if folders.count(name.lower()) > 1:
+            remedy = "is the plan's own" if name.lower() == BASE else "stands there twice"
             raise ConfigError("variants", name, remedy)
     _check_sources(variants)
     reference = given.get("reference", BASE)
     if reference not in names:
         raise ConfigError("reference", reference, "must name a variant")
     seeds = given.get("seeds", [0])
-    plain = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
+    plain = isinstance(seeds, list) and all(type(s) is int and 0 <= s < 2**32 for s in seeds)
     if not plain or not seeds or len({*seeds}) < len(seeds):
-        raise ConfigError("seeds", seeds, "must list different whole numbers from 0 up")
+        raise ConfigError("seeds", seeds, "must list different whole numbers, 0 to 4,294,967,295")
     if given.get("split", "test") not in ("test", "validation"):
         raise ConfigError("split", given["split"], "must be test or validation")
+    out = out or given.get("out", f"runs/ablations/{Path(path).stem}")
+    if not isinstance(out, str):
+        raise ConfigError("out", out, "must be the path of a folder")
     own = _overrides(given.get("overrides", {}), "overrides")
     return Plan(
         base=given["base"],
@@ -137,5 +183,5 @@ def load_plan(
         seeds=tuple(seeds),
         reference=reference,
         split=given.get("split", "test"),
-        out=out or given.get("out") or f"runs/ablations/{Path(path).stem}",
+        out=out,
     )

@@ -3,6 +3,7 @@
 VARIANT/seed-0/
   trial.json       what was asked, every value of the config
   version_0/       the training run
+  texts.json       which texts it read
   trained.json     its checkpoint, steps, tokens and time; there once it has ended
   documents.json   loss by document
   result.json      the figures; there once all is done
@@ -12,10 +13,9 @@ VARIANT/seed-0/
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +31,13 @@ from ..training.callbacks import Throughput
 from ..training.cli import MemoryCLI
 from ..training.quiet import hush
 from ..training.runs import resolve_checkpoint
-from .evaluation import Evaluation, load_weights
+from .evaluation import Evaluation
+from .notes import read_json, write_json
 from .plan import arguments
+from .trial_callbacks import SameTexts, StartFrom, TrialProgress
 
-PROGRESS_SECONDS = 1.0
-"""Between two notes of how far a trial has come."""
 LOCK_SECONDS = 30.0
-"""How long to wait for a worker whose runner was killed; it ends itself at its next step."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is whole as soon as it has its name."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+"""How long to wait for a worker whose runner was killed; it soon ends itself."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +79,8 @@ class Trial:
 
     @property
     def failure(self) -> str | None:
-        """Why it failed, if it did."""
-        found = read_json(self.path / "failed.json")
+        """Why it failed, if it did and has not come to its end since."""
+        found = None if self.result is not None else read_json(self.path / "failed.json")
         return None if found is None else str(found["reason"])
 
     def fail(self, reason: str) -> None:
@@ -100,59 +88,10 @@ class Trial:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "failed.json", {"reason": reason})
 
-    def save(self, resolved: dict[str, Any]) -> None:
-        """Note what is asked, with the resolved config, so that nobody goes on with another."""
+    def save(self, asked: dict[str, Any]) -> None:
+        """Note what is asked, so that nobody goes on with something else."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "trial.json", {**asdict(self), "resolved": resolved})
-
-
-class Orphaned(SystemExit):
-    """The runner of a worker is gone."""
-
-
-class TrialProgress(Callback):
-    """Notes the step now and then, and ends a worker whose runner is gone.
-
-    Args:
-        folder: where ``progress.json`` goes.
-        runner: the process that the worker must not outlive, if any.
-    """
-
-    def __init__(self, folder: Path, runner: int | None = None) -> None:
-        self.path = folder / "progress.json"
-        self.runner = runner
-        self._noted = 0.0
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Note the step."""
-        if self.runner is not None and os.getppid() != self.runner:
-            raise Orphaned("the runner is gone")
-        if time.monotonic() - self._noted > PROGRESS_SECONDS:
-            self._noted = time.monotonic()
-            write_json(self.path, {"step": trainer.global_step, "of": trainer.max_steps})
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save the end of a run whose time was up."""
-        if trainer.saved_step != trainer.global_step:
-            trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / "last.ckpt")
-
-
-class StartFrom(Callback):
-    """Puts another trial's weights into a network that begins to train.
-
-    Args:
-        checkpoint: the weights.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Load, in place, so that the optimiser keeps the same parameters."""
-        tokenizer = trainer.datamodule.text_tokenizer
-        load_weights(pl_module.net, self.checkpoint, fresh_memory=True, tokenizer=tokenizer)
+        write_json(self.path / "trial.json", {**asdict(self), "asked": asked})
 
 
 class TrialCLI(MemoryCLI):
@@ -190,12 +129,16 @@ def curves(folder: Path) -> dict[str, float]:
     return found
 
 
-def train(trial: Trial, runner: int | None = None) -> dict[str, Any]:
-    """Train, or go on where a killed run stopped; figures of the run."""
+def train(trial: Trial) -> dict[str, Any]:
+    """Train, or go on where a killed run stopped; figures of the run.
+
+    Raises:
+        UserError: where it ended before its budget was spent, or within its first step.
+    """
     quiet = {"trainer.enable_progress_bar": False, "trainer.enable_model_summary": False}
     root = {"trainer.default_root_dir": trial.folder}
     args = arguments({**trial.settings, **trial.limits, **quiet, **root})
-    extra: list[Callback] = [TrialProgress(trial.path, runner)]
+    extra: list[Callback] = [SameTexts(trial.path), TrialProgress(trial.path)]
     try:
         last = resolve_checkpoint("last", trial.path)
     except UserError:
@@ -206,6 +149,10 @@ def train(trial: Trial, runner: int | None = None) -> dict[str, Any]:
         extra.append(StartFrom(source_checkpoint(trial)))
     cli = TrialCLI(extra, args=["fit", "--config", trial.base, *args])
     trainer: Any = cli.trainer
+    timed = "trainer.max_time" in trial.limits
+    budget = 1 if timed else trial.limits["trainer.max_steps"]
+    if trainer.global_step < budget:
+        raise UserError(f"training ended after {trainer.global_step} steps of {budget}")
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput))
     figures = {
         "train_steps": trainer.global_step,
@@ -216,7 +163,7 @@ def train(trial: Trial, runner: int | None = None) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in cli.model.parameters()),
     }
     folder = Path(trainer.log_dir)
-    checkpoint = resolve_checkpoint("last", trial.path)
+    checkpoint = os.path.relpath(str(resolve_checkpoint("last", trial.path)), trial.path)
     return {"checkpoint": checkpoint, "figures": {**figures, **curves(folder)}}
 
 
@@ -226,14 +173,19 @@ def source_checkpoint(trial: Trial) -> Path:
     Raises:
         UserError: where the source has none.
     """
-    trained = read_json(Path(trial.source or trial.folder) / "trained.json")
+    folder = Path(trial.source or trial.folder)
+    trained = read_json(folder / "trained.json")
     if trained is None:
         raise UserError(f"from: {trial.source} has not been trained")
-    return Path(trained["checkpoint"])
+    return folder / trained["checkpoint"]
 
 
 def evaluate(trial: Trial, checkpoint: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Figures and losses by document of a checkpoint's weights under the trial's config."""
+    """Figures and losses by document of a checkpoint's weights under the trial's config.
+
+    Raises:
+        UserError: where the loss is no finite number.
+    """
     off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
     settings = {**trial.settings, **{f"trainer.{key}": False for key in off}}
     # A checkpoint callback of the base's has nothing to do here and objects to being switched off.
@@ -241,21 +193,19 @@ def evaluate(trial: Trial, checkpoint: Path) -> tuple[dict[str, float], dict[str
     cli = TrialCLI([], args=["--config", trial.base, *arguments(settings)], run=False)
     measuring = Evaluation(checkpoint)
     trainer: Any = cli.trainer
-    trainer.callbacks.append(measuring)
+    trainer.callbacks += [SameTexts(trial.path), measuring]
     run = trainer.test if trial.split == "test" else trainer.validate
     named = run(cli.model, datamodule=cli.datamodule, verbose=False)[0]
     figures = {key.split("/")[1]: value for key, value in named.items()}
+    if not math.isfinite(figures["loss"]):
+        raise UserError(f"loss = {figures['loss']}: the weights are of no use")
     names = getattr(cli.datamodule, f"{trial.split}_store").names
     documents = {names[index]: sums for index, sums in measuring.documents.items()}
     return {**figures, **measuring.figures()}, documents
 
 
-def run_trial(trial: Trial, runner: int | None = None) -> None:
+def run_trial(trial: Trial) -> None:
     """Bring a trial to its end; what goes wrong becomes its ``failed.json`` and is raised.
-
-    Args:
-        trial: what to do.
-        runner: the process that a worker must not outlive.
 
     Raises:
         KeyboardInterrupt: where it was stopped; it can go on.
@@ -264,12 +214,14 @@ def run_trial(trial: Trial, runner: int | None = None) -> None:
     (trial.path / "failed.json").unlink(missing_ok=True)
     try:
         with FileLock(trial.path / ".lock", timeout=LOCK_SECONDS):
+            if trial.result is not None:
+                return
             if trial.train:
                 trained = read_json(trial.path / "trained.json")
                 if trained is None:
-                    trained = train(trial, runner)
+                    trained = train(trial)
                     write_json(trial.path / "trained.json", trained)
-                checkpoint, figures = Path(trained["checkpoint"]), trained["figures"]
+                checkpoint, figures = trial.path / trained["checkpoint"], trained["figures"]
             else:
                 checkpoint, figures = source_checkpoint(trial), {}
             evaluated, documents = evaluate(trial, checkpoint)
@@ -277,8 +229,6 @@ def run_trial(trial: Trial, runner: int | None = None) -> None:
             write_json(trial.path / "result.json", {**figures, **evaluated})
     except Timeout:
         trial.fail("another process is at work on it")
-        raise
-    except Orphaned:
         raise
     except SystemExit as stop:
         if stop.code != 2:
