@@ -105,7 +105,7 @@ def ablate(
     plan: str,
     jobs: int = 1,
     threads: int | None = None,
-    overrides: dict[str, Any] | None = None,
+    overrides: Any = None,
     out: str | None = None,
     check: bool = False,
 ) -> None:

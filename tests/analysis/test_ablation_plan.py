@@ -76,6 +76,8 @@ def write(path: Path, base: Path, /, **changes: Any) -> Path:
         (variant(overrides={"data.source": date(2020, 1, 1)}), "quotes"),
         (variant(overrides={"print_config": True}), "print_config"),
         ({"overrides": {"data.test_fraction": 0.0}}, "data.test_fraction"),
+        (variant(overrides={"data.test_source": "/nowhere"}), "data.test_source = '/nowhere'"),
+        (variant(overrides={"data.source": "/nowhere"}), "data.source = '/nowhere'"),
         ({"variants": [{"overrides": {}}]}, "name"),
     ],
 )
@@ -121,6 +123,14 @@ def test_merged_mappings_may_lay_a_key_over_another(base: Path, tmp_path: Path) 
     )
     plan = load_plan(tmp_path / "plan.yaml")
     assert [plan.variant(name).overrides["model.d_ff"] for name in "abc"] == [8, 16, 32]
+
+
+@pytest.mark.parametrize("overrides", ["data.source=texts", [1], {3: 4}])
+def test_overrides_that_are_no_mapping_are_refused(
+    overrides: Any, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"overrides = .*must map keys to values"):
+        load_plan(write(tmp_path / "plan.yaml", base), overrides)
 
 
 def test_a_folder_that_is_no_text_is_refused(base: Path, tmp_path: Path) -> None:

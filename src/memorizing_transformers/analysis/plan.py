@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..data.settings import SourceSettings
+from ..data.sources import check_sources
 from ..errors import ConfigError, UserError
 from ..training.cli import MemoryCLI, read_config
 
@@ -151,7 +151,7 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
         with contextlib.redirect_stderr(said):
             cli = read_config(plan.base, arguments(settings))
             limits = plan.limits(variant, cli)
-            _check_split(plan.split, cli.datamodule.settings.sources)
+            check_sources(cli.datamodule.settings.sources, plan.split)
     except SystemExit as stop:
         # The parser prints what it has to say.
         reason = shorten(said.getvalue().removeprefix("error: "), LONGEST_REASON)
@@ -164,14 +164,6 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
     # The path of the base itself is no setting.
     found.pop("config", None)
     return cli, {**found, **settings, **limits}
-
-
-def _check_split(split: str, sources: SourceSettings) -> None:
-    given = getattr(sources, f"{split}_source")
-    share = sources.fractions[split]
-    if given is None and share == 0:
-        remedy = f"leaves nothing for split: {split}; give a share, or data.{split}_source"
-        raise ConfigError(f"data.{split}_fraction", share, remedy)
 
 
 def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, A
 
 def _overrides(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise ConfigError(where, given, "must map dotted keys to values")
+        raise ConfigError(where, given, "must map keys to values, as in {model.d_ff: 512}")
     flat = _flat(given)
     for key, value in flat.items():
         if key in OWNED:
@@ -125,14 +124,12 @@ def _check_sources(variants: tuple[Variant, ...]) -> None:
             at = by_name[at.source]
 
 
-def load_plan(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, out: str | None = None
-) -> Plan:
+def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -> Plan:
     """Read a plan and refuse what is no plan; ``check`` looks at the configs themselves.
 
     Args:
         path: the YAML file.
-        overrides: laid over the plan's own overrides of the base.
+        overrides: a mapping that is laid over the plan's own overrides of the base.
         out: in place of the plan's own folder.
 
     Raises:
@@ -179,7 +176,7 @@ def load_plan(
         base=given["base"],
         variants=variants,
         budget=Budget(**_known(Budget, given.get("budget", {}), "budget")),
-        overrides={**own, **_overrides(overrides or {}, "overrides")},
+        overrides={**own, **_overrides({} if overrides is None else overrides, "overrides")},
         seeds=tuple(seeds),
         reference=reference,
         split=given.get("split", "test"),

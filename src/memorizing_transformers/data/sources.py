@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from .documents import Origin, Source
 from .hub import PREFIX, HubDataset
-from .local import open_files
+from .local import find_files, open_files
 from .settings import SPLITS, STDLIB, SourceSettings
 from .standard_library import held_out_split, standard_library
 
@@ -63,6 +63,24 @@ def open_sources(settings: SourceSettings) -> list[Reading]:
         rule = f"by name {sorted(shares.items())}"
         readings.append(Reading(main, ("train", *shares), split_of, rule))
     return readings
+
+
+def check_sources(settings: SourceSettings, split: str) -> None:
+    """What can be said of sources without reading them: local ones exist, and a split is asked for.
+
+    Raises:
+        ConfigError: a local source is missing, or nothing is left for the split.
+    """
+    given = {"": settings.source, "validation_": settings.validation_source,
+             "test_": settings.test_source}  # fmt: skip
+    for name, value in given.items():
+        if value not in (None, STDLIB) and not value.startswith(PREFIX):
+            find_files(Origin(f"data.{name}source", value))
+    share = settings.fractions[split]
+    # A dataset of the hub may have the split of its own.
+    if given[f"{split}_"] is None and share == 0 and not settings.source.startswith(PREFIX):
+        remedy = f"leaves nothing for split: {split}; give a share, or data.{split}_source"
+        raise ConfigError(f"data.{split}_fraction", share, remedy)
 
 
 def fingerprint_sources(readings: Iterable[Reading]) -> str:
