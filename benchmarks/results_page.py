@@ -1,7 +1,6 @@
 """Bring the tables of docs/results.md in line with the raw results beside it.
 
-    python benchmarks/results_page.py           # writes
-    python benchmarks/results_page.py --check   # only says whether anything would change
+    python benchmarks/results_page.py
 
 A cell is filled in by its row and its column. A row that begins with a `variant` is of the file
 that the page last linked to above; one that begins with a link is of that file, and then a column
@@ -120,18 +119,9 @@ def _row(line: str, head: list[str], link: str | None) -> str:
 
 
 def main() -> None:
-    """Parse, refresh, write or compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it would")
-    given = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = refresh(page)
-    for before, now in zip(page.split("\n"), fresh.split("\n"), strict=True):
-        if before != now:
-            print(f"- {before}\n+ {now}")
-    if given.check:
-        raise SystemExit(page != fresh)
-    PAGE.write_text(fresh, encoding="utf-8")
+    """Rewrite the page."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    PAGE.write_text(refresh(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def ablate(
     Args:
         plan: the plan, a YAML file; docs/ablations.md says what it holds.
         jobs: runs side by side, each in a process of its own; 0 for none beside this one.
-        threads: of each run; the processors shared out among the jobs unless given.
+        threads: of each run; OMP_NUM_THREADS, or else the processors shared out, unless given.
         overrides: changes of the base in all variants, e.g. '{data.source: texts/}'.
         out: folder of the runs and the table, in place of the plan's own.
         check: build every variant's config and stop before anything runs.

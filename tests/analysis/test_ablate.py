@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,58 +12,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import yaml
-from filelock import FileLock
+from plans import VARIANTS, results, rows, write_plan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memorizing_transformers.__main__ import main
-from memorizing_transformers.analysis import ablate
+from memorizing_transformers.analysis import ablate, trial
 from memorizing_transformers.analysis.plan_file import load_plan
 from memorizing_transformers.analysis.trial import Trial
-from memorizing_transformers.analysis.trial_callbacks import SameTexts
 from memorizing_transformers.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 EXACT = ("perplexity", "bits_per_byte", "accuracy", "loss", "tokens", "train_steps", "recall")
 """Figures that time has no part in."""
-
-VARIANTS: list[dict[str, Any]] = [
-    {"name": "no-memory", "overrides": {"model.memory.layers": []}},
-    {"name": "larger", "overrides": {"model.memory.size": 64}, "run": "evaluate"},
-    {"name": "broken", "overrides": {"model.qk_norm": False}, "run": "evaluate"},
-    {
-        "name": "retrofit",
-        "overrides": {"model.memory.layers": [-1]},
-        "from": "no-memory",
-        "budget": {"tokens": 8 * 64},
-    },
-]
-
-
-def write_plan(path: Path, base: Path, out: Path, /, **changes: Any) -> Path:
-    plan = {
-        "base": str(base),
-        "budget": {"tokens": 24 * 64},
-        "out": str(out),
-        "variants": VARIANTS,
-        **changes,
-    }
-    path.write_text(yaml.safe_dump(plan))
-    return path
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    found = {path.parent.parent.name: path for path in sorted(out.glob("*/*/result.json"))}
-    return {name: json.loads(path.read_text()) for name, path in found.items()}
-
-
-def rows(path: Path) -> dict[str, dict[str, str]]:
-    with path.open() as file:
-        return {row["variant"]: row for row in csv.DictReader(file)}
 
 
 @pytest.fixture(scope="module")
@@ -172,63 +135,6 @@ def test_a_trial_that_came_to_its_end_has_not_failed(whole: Path, tmp_path: Path
     assert rows(out / "table.csv")["larger"]["loss"] == rows(whole / "table.csv")["larger"]["loss"]
 
 
-def test_a_source_that_changed_takes_those_with_it_that_start_from_it(
-    base: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    plan = write_plan(tmp_path / "plan.yaml", base, out)
-    ablate.make_trials(load_plan(plan))
-    faster = {"model.memory.layers": [], "model.optimizer.lr": 0.5}
-    changed = [{**VARIANTS[0], "overrides": faster}, *VARIANTS[1:]]
-    plan = write_plan(tmp_path / "plan.yaml", base, out, variants=changed)
-    shutil.rmtree(out / "no-memory")
-    with pytest.raises(UserError, match=r"variants\.retrofit: from\.model\.optimizer\.lr = 0\.5"):
-        ablate.make_trials(load_plan(plan))
-    shutil.rmtree(out / "retrofit")
-    ablate.make_trials(load_plan(plan))
-
-
-def test_a_folder_that_moved_is_the_same(base: Path, tmp_path: Path) -> None:
-    plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
-    ablate.make_trials(load_plan(plan))
-    (tmp_path / "out").rename(tmp_path / "moved")
-    ablate.make_trials(load_plan(plan, out=str(tmp_path / "moved")))
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": 1}'])
-def test_a_damaged_note_is_named(base: Path, tmp_path: Path, content: str) -> None:
-    plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
-    ablate.make_trials(load_plan(plan))
-    note = tmp_path / "out" / "base" / "seed-0" / "trial.json"
-    note.write_text(content)
-    with pytest.raises(UserError, match=re.escape(str(note))):
-        ablate.make_trials(load_plan(plan))
-
-
-def test_a_folder_that_cannot_be_written_is_refused(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("no folder")
-    plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
-    with pytest.raises(UserError, match="out = "):
-        ablate.make_trials(load_plan(plan))
-
-
-def test_texts_that_changed_are_refused(tmp_path: Path) -> None:
-    def read(variant: str, settings: str, store: str) -> None:
-        folder = tmp_path / variant / "seed-0"
-        folder.mkdir(parents=True, exist_ok=True)
-        data = MagicMock(store_folder=Path(store))
-        data.settings.__repr__ = lambda _: settings
-        SameTexts(folder).setup(MagicMock(datamodule=data), None, "fit")
-
-    read("base", "novels", "a")
-    read("other", "novels", "a")
-    read("again", "poems", "b")
-    read("base", "novels", "a")
-    with pytest.raises(UserError, match="since base/seed-0 read them"):
-        read("new", "novels", "c")
-    assert not (tmp_path / "new" / "seed-0" / "texts.json").exists()
-
-
 def test_a_changed_plan_does_not_go_on_in_the_same_folder(whole: Path) -> None:
     plan = load_plan(whole.parent / "plan.yaml", {"model.d_model": 32})
     with pytest.raises(UserError, match=r"variants\.base: model\.d_model = 32.*16"):
@@ -267,36 +173,6 @@ def test_a_killed_plan_continues_to_the_same_figures(
     for name in ours:
         for key in EXACT:
             assert ours[name].get(key) == theirs[name].get(key), (name, key)
-
-
-def test_runs_side_by_side_are_dealt_out_over_the_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-
-    class Process:
-        def __init__(self, command: list[str], env: dict[str, str], **files: Any) -> None:
-            seen.append(env["CUDA_VISIBLE_DEVICES"])
-            self.returncode: int | None = None
-
-        def poll(self) -> int | None:
-            return self.returncode
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    monkeypatch.setattr(ablate.subprocess, "Popen", Process)
-    trials = []
-    for number in range(5):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        trials.append(Trial(f"variant {number}", 0, str(folder), "", {}, {}, True, None, "test"))
-    runner = ablate.Runner(trials, jobs=3, threads=None)
-    waiting = runner._start_ready(trials, set(), MagicMock())
-    assert seen == ["2", "5", "2"]
-    second: Any = runner._running[1].process
-    second.returncode = 1
-    runner._collect(set(), MagicMock())
-    runner._start_ready(waiting, set(), MagicMock())
-    assert seen == ["2", "5", "2", "5"]
 
 
 @pytest.mark.slow
@@ -340,61 +216,12 @@ def test_training_that_ends_early_has_failed(base: Path, tmp_path: Path) -> None
     assert "of 24" in str(failures["early"])
 
 
-@pytest.mark.slow
-def test_a_polite_kill_leaves_nobody_behind(base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    plan = write_plan(tmp_path / "plan.yaml", base, out, budget={"minutes": 30})
-    command = [sys.executable, "-m", "memorizing_transformers", "ablate", "--plan", str(plan)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    trial = out / "base" / "seed-0"
-    deadline = time.monotonic() + 300
-    while not (trial / "progress.json").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    assert "stopped; the same command goes on" in process.communicate(timeout=120)[1]
-    assert process.returncode == 130
-    with FileLock(trial / ".lock", timeout=0):
-        assert not (trial / "failed.json").exists()
-
-
-@pytest.mark.slow
-def test_a_worker_ends_with_its_runner(tmp_path: Path) -> None:
-    worker = (
-        "import os, threading, time; from memorizing_transformers.analysis.worker import end_with;"
-        "threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start();"
-        "print(os.getpid(), flush=True); time.sleep(300)"
-    )
-    runner = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
-    process = subprocess.Popen([sys.executable, "-c", runner, worker], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    pid = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    killed = time.monotonic()
-    # The pipe ends with the last process that holds it.
-    assert process.stdout.read() == b""
-    assert time.monotonic() < killed + 60
-    process.stdout.close()
-    assert pid != process.pid
-
-
-@pytest.mark.slow
-def test_variants_run_side_by_side(base: Path, tmp_path: Path) -> None:
-    """Each in a process; what would start from a failed variant fails with it."""
-    out = tmp_path / "out"
-    # The base's weights do not fit, which only the worker sees.
-    variants: list[dict[str, Any]] = [
-        {"name": "misfit", "overrides": {"model.d_ff": 8}, "from": "base"},
-        {"name": "after", "from": "misfit"},
-    ]
-    plan = write_plan(
-        tmp_path / "plan.yaml", base, out, variants=variants, budget={"tokens": 2 * 64}
-    )
-    ablate.run_plan(load_plan(plan), jobs=2, threads=1)
-    assert set(results(out)) == {"base"}
-    failures = {name: row["failures"] for name, row in rows(out / "table.csv").items()}
-    assert failures["base"] == ""
-    assert "feed_forward" in failures["misfit"]
-    assert "misfit" in failures["after"]
+def test_weights_without_a_finite_loss_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli = MagicMock()
+    cli.trainer.callbacks = []
+    cli.trainer.test.return_value = [{"test/loss": math.nan}]
+    monkeypatch.setattr(trial, "TrialCLI", lambda *args, **kwargs: cli)
+    monkeypatch.setattr(trial, "Evaluation", MagicMock())
+    asked = Trial("x", 0, "out/x/seed-0", "", {}, {}, False, "out/base/seed-0", "test")
+    with pytest.raises(UserError, match="loss = nan"):
+        trial.evaluate(asked, Path())

@@ -1,7 +1,7 @@
 """One variant with one seed, in a folder of its own: trained, evaluated, and what came of it.
 
 VARIANT/seed-0/
-  trial.json       what was asked, every value of the config
+  trial.json       what was asked, every value of the config and of its source's
   version_0/       the training run
   texts.json       which texts it read
   trained.json     its checkpoint, steps, tokens and time; there once it has ended
