@@ -21,10 +21,23 @@ ROOMS = {
     "memory": {"errors"},
     "model": {"memory", "errors"},
     "data": {"errors", "parsing"},
-    "parsing": {"errors"},
+    "messages": set(),
+    "failures": {"errors", "messages"},
+    "repeated": set(),
+    "parsing": {"failures", "messages", "repeated"},
     "hub": {"model", "memory", "data", "errors"},
-    "training": {"hub", "model", "memory", "data", "errors", "parsing"},
-    "analysis": {"training", "hub", "model", "memory", "data", "errors", "parsing"},
+    "training": {"hub", "model", "memory", "data", "errors", "failures", "parsing"},
+    "analysis": {
+        "training",
+        "hub",
+        "model",
+        "memory",
+        "data",
+        "errors",
+        "failures",
+        "messages",
+        "repeated",
+    },
 }
 """What each room may import of the package, besides itself."""
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, UserError
-from .parsing import OneLineParser, one_line
+from .errors import ConfigError
+from .failures import run, take_debug_flag
+from .parsing import OneLineParser
 
 
 def prepare(config: str) -> None:
@@ -96,9 +97,9 @@ def inspect(
         retrieved: neighbours kept of each head and token, the heaviest first.
         device: e.g. cpu or cuda:0; a GPU unless given, where there is one.
     """
-    from .analysis.inspect import inspect as run
+    from .analysis.inspect import inspect as show
 
-    run(ckpt_path, document, out, memory_sizes, segment_length, retrieved, device)
+    show(ckpt_path, document, out, memory_sizes, segment_length, retrieved, device)
 
 
 def ablate(
@@ -157,8 +158,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def main() -> None:
-    """Run a command; mistakes of the user's end it with one line and exit code 2."""
+def _run_command() -> None:
     parser = OneLineParser(prog="python -m memorizing_transformers")
     subcommands = parser.add_subcommands()
     for name, command in COMMANDS.items():
@@ -167,11 +167,13 @@ def main() -> None:
         subparser.add_function_arguments(command, as_group=False)
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
     config = parser.parse_args()
-    try:
-        COMMANDS[config.subcommand](**config[config.subcommand].as_dict())
-    except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    COMMANDS[config.subcommand](**config[config.subcommand].as_dict())
+
+
+def main() -> None:
+    """Run a command; whatever ends it, ends it with one line."""
+    take_debug_flag(sys.argv)
+    run(_run_command)
 
 
 if __name__ == "__main__":

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
-import sys
 from collections.abc import Collection, Iterable, Sequence
+from enum import Enum
 from itertools import islice
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
+
+from .failures import HELP, fail
+from .messages import setting_of, shorten
+from .repeated import refuse_repeated_keys
 
 UNKNOWN_KEY = (
     r"[Uu]nrecognized arguments?: --([\w.]+)",
     r"does not accept (?:option|key)s? '([\w.]+)'",
     r"[Kk]ey ['\"]([\w.]+)['\"] is not expected",
+    r"Option '([\w.]+)' is not accepted",
 )
 """How the parser speaks of a key that it does not know."""
 
+_load_yaml = get_loader("yaml")
 
-def one_line(message: str) -> str:
-    """A message without its line breaks."""
-    return re.sub(r"\s*\n\s*", " ", message).strip()
+
+def _load(text: str) -> Any:
+    refuse_repeated_keys(text)
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
+# Lightning has members of enumerations among the defaults of its callbacks.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent_data(one.value))
 
 
 def suggest(message: str, known: Iterable[str]) -> str:
@@ -60,11 +74,12 @@ class OneLineParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A prefix of a key is a mistake, not a short form.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, epilog=HELP, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and leave."""
         parser = getattr(ex, "subcommand_parser", None) or self
         known = [action.dest for action in parser._actions]
-        print(f"error: {suggest(one_line(message), known)}", file=sys.stderr)
-        sys.exit(2)
+        # A parser of one class knows its own keys only; its callers know whose they are.
+        callers = (caller.frame for caller in inspect.stack(0))
+        fail(suggest(setting_of(callers) + shorten(message), known), ex)

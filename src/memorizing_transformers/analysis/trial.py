@@ -26,7 +26,7 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ..errors import UserError
-from ..parsing import one_line
+from ..messages import one_line
 from ..training.callbacks import Throughput
 from ..training.cli import MemoryCLI
 from ..training.quiet import hush

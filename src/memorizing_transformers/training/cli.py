@@ -12,11 +12,11 @@ from unittest.mock import patch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data.datamodule import DocumentDataModule
-from ..errors import ConfigError, UserError
-from ..parsing import OneLineParser, configs_first, one_line
+from ..errors import ConfigError
+from ..failures import run, take_debug_flag
+from ..parsing import OneLineParser, configs_first
 from .callbacks import PredictionWriter
 from .logger import RunLogger, flat_settings
 from .module import MemorizingLM
@@ -24,6 +24,9 @@ from .quiet import hush
 from .report import final_report
 from .runs import resolve_checkpoint, run_folder
 from .trainer import MemoryTrainer
+
+LIMITED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+"""By command, whose batches it cannot do without."""
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -131,14 +134,15 @@ class MemoryCLI(LightningCLI):
         if self.subcommand and config["trainer"]["logger"] in (None, True):
             folder = run_folder(root, self.subcommand, config.get("ckpt_path"))
             kwargs["logger"] = RunLogger(folder.parent, name="", version=folder.name)
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"trainer: {error}") from error
+        return super().instantiate_trainer(**kwargs)
 
     trainer: Any
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        limit = f"limit_{LIMITED[subcommand]}_batches"
+        if getattr(self.trainer, limit) == 0:
+            rank_zero_warn(f"trainer.{limit} = 0: {subcommand} has nothing to do")
+        super()._run_subcommand(subcommand)
 
     def before_predict(self) -> None:
         """Write predictions to a file instead of holding them."""
@@ -172,10 +176,7 @@ def read_config(path: str, arguments: Sequence[str] = ()) -> MemoryCLI:
 
 
 def main() -> None:
-    """Run the command line; mistakes of the user's end it with one line and exit code 2."""
+    """Run the command line; whatever ends it, ends it with one line."""
     hush()
-    try:
-        MemoryCLI()
-    except (UserError, MisconfigurationException) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    take_debug_flag(sys.argv)
+    run(MemoryCLI)

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
@@ -117,6 +118,11 @@ class MemoryTrainer(Trainer):
                 f"trainer.strategy = {type(self.strategy).__name__}: it writes checkpoints of its "
                 "own, without memory; use trainer.strategy=sharded (FSDP2), which "
                 "shards weights and optimiser state alike"
+            )
+        if isinstance(self.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError(
+                "trainer.strategy: processes copied from this one (ddp_spawn, ddp_fork, "
+                "ddp_notebook) cannot share its checkpoints and memory; use trainer.strategy=ddp"
             )
         self.writer = Writer(background_save)
         self.strategy.checkpoint_io = FolderCheckpointIO(self.writer)
