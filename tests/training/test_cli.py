@@ -95,6 +95,20 @@ def test_a_later_config_wins_over_an_earlier_one(config: Path, tmp_path: Path) -
         assert printed["trainer"]["max_steps"] == expected
 
 
+def test_a_config_may_name_the_config_that_it_changes(config: Path, tmp_path: Path) -> None:
+    """By a path from its own folder; keys that it leaves alone are the base's, lists too."""
+    (tmp_path / "deeper").mkdir()
+    middle, top = tmp_path / "middle.yaml", tmp_path / "deeper" / "top.yaml"
+    middle.write_text(f"config: {config.name}\ntrainer.max_steps: 5\nmodel.memory.top_k: 3\n")
+    top.write_text("config: ../middle.yaml\nmodel.memory.top_k: 2\ndata.batch_rows: 2\n")
+    assert config.parent == tmp_path
+    keys = ["--trainer.max_steps=5", "--model.memory.top_k=2", "--data.batch_rows=2"]
+    expected = command("fit", "--config", config, *keys, "--print_config")
+    assert command("fit", "--config", top, "--print_config") == expected
+    _, printed, _ = command("fit", "--config", config, "--config", top, "--print_config")
+    assert printed == expected[1]
+
+
 def test_the_printed_config_can_be_fed_back(config: Path, tmp_path: Path) -> None:
     code, printed, _ = command("fit", "--config", config, "--print_config")
     assert code == 0

@@ -155,20 +155,21 @@ class MemoryCLI(LightningCLI):
             final_report(self.trainer, self.model, self.datamodule)
 
 
-def read_config(path: str, arguments: Sequence[str] = ()) -> MemoryCLI:
+def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> MemoryCLI:
     """A training config, its model and data built but for the network, nothing run.
 
     The machine that reads it need not be one that can run it.
 
     Args:
-        path: the config.
+        paths: one config, or several, of which a later one wins.
         arguments: further ones of the command line, ``--key=value``.
     """
     here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
     args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
     hush()
     with patch("sys.argv", sys.argv[:1]):
-        return MemoryCLI(run=False, args=["--config", path, *arguments, *args])
+        configs = [f"--config={path}" for path in ([paths] if isinstance(paths, str) else paths)]
+        return MemoryCLI(run=False, args=[*configs, *arguments, *args])
 
 
 def main() -> None:
