@@ -57,8 +57,8 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT / "configs").with_suffix("").as_posix()
 
 
-def build(path: Path) -> MemoryCLI:
-    return MemoryCLI(args=["--config", str(path), *ON_THIS_MACHINE], run=False)
+def build(path: Path, *keys: str) -> MemoryCLI:
+    return MemoryCLI(args=["--config", str(path), *ON_THIS_MACHINE, *keys], run=False)
 
 
 def network(cli: MemoryCLI) -> Transformer:
@@ -74,9 +74,10 @@ class ParseOnly(MemoryCLI):
         pass
 
 
-def settings(path: Path) -> dict[str, Any]:
+def settings(*paths: Path) -> dict[str, Any]:
     """Every value of a config by its dotted key, defaults too."""
-    found = vars(ParseOnly(args=["--config", str(path)], run=False).config.as_flat())
+    args = [f"--config={path}" for path in paths]
+    found = vars(ParseOnly(args=args, run=False).config.as_flat())
     return {key: value for key, value in found.items() if key != "config"}
 
 
@@ -93,7 +94,8 @@ def differences(one: Path, other: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_config_builds_model_data_and_optimizer(path: Path) -> None:
-    cli = build(path)
+    # The keys of the project alone set no end of training.
+    cli = build(path, *(["--trainer.max_steps=10"] if path == ALL_KEYS else []))
     model = network(cli)
     optimizer = make_optimizer(model, cli.model.optimizer_config)
     make_schedule(optimizer, cli.model.optimizer_config, cli.trainer.max_steps)
@@ -121,6 +123,14 @@ def test_a_change_says_what_it_changes_and_repeats_nothing(path: Path) -> None:
     assert differences(base, path) <= given.keys()
     said = flat(yaml.safe_load(base.read_text()))
     assert not [key for key, value in given.items() if said.get(key) == value]
+
+
+def test_all_keys_are_given_with_their_defaults() -> None:
+    given = flat(yaml.safe_load(ALL_KEYS.read_text()))
+    assert settings(ALL_KEYS) == settings()
+    own = {key for key in settings() if key.split(".")[0] != "trainer"}
+    assert given.keys() >= own
+    assert {"trainer.background_save", "trainer.rank_timeout"} <= given.keys()
 
 
 def test_configs_that_share_most_lines_name_one_another() -> None:

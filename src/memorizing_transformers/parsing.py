@@ -82,7 +82,9 @@ def check_base(content: str) -> None:
     for key, value in given.items():
         if isinstance(value, dict) and "class_path" not in value:
             inner = next(iter(value), "...")
-            raise TypeError(f"{key}: would drop the other values of {base}; give {key}.{inner}: ...")
+            raise TypeError(
+                f"{key}: would drop the other values of {base}; give {key}.{inner}: ..."
+            )
         if key.endswith("+"):
             raise TypeError(f"{key}: cannot add to {base}; give the complete list as {key[:-1]}")
 
