@@ -43,8 +43,9 @@ def entries(tree: Mapping[str, Any], helps: Mapping[str, str], above: str = "") 
         elif key in helps:
             text = textwrap.wrap(helps[key], 98 - len(indent), break_on_hyphens=False)
             yield from (f"{indent}# {line}" for line in text)
-            shown = yaml.safe_dump({name: value}, default_flow_style=None, width=1000)
-            yield textwrap.indent(shown, indent).rstrip()
+            # The end of a document follows a scalar.
+            shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+            yield f"{indent}{name}: {shown}"
 
 
 def document() -> str:

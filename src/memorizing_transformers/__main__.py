@@ -169,7 +169,7 @@ def main() -> None:
         for key in repeated:
             words = "a training config; may be repeated, a key of a later one wins"
             subparser.add_argument(f"--{key}", action="append", required=True, help=words)
-        subparser.add_function_arguments(command, as_group=False, skip=repeated)
+        subparser.add_function_arguments(command, as_group=False, skip={*repeated})
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
     config = parser.parse_args()
     try:
