@@ -109,6 +109,16 @@ def test_a_config_may_name_the_config_that_it_changes(config: Path, tmp_path: Pa
     assert printed == expected[1]
 
 
+def test_a_class_takes_the_place_of_the_one_of_the_base(config: Path, tmp_path: Path) -> None:
+    top, loggers = tmp_path / "top.yaml", "lightning.pytorch.loggers"
+    logger = f"{{class_path: {loggers}.CSVLogger, init_args: {{save_dir: there}}}}"
+    top.write_text(f"config: {config.name}\ntrainer.logger: {logger}\n")
+    printed = yaml.safe_load(command("fit", "--config", top, "--print_config")[1])
+    assert printed["trainer"]["logger"]["class_path"] == f"{loggers}.CSVLogger"
+    assert printed["trainer"]["logger"]["init_args"]["save_dir"] == "there"
+    assert printed["trainer"]["max_steps"] == 24
+
+
 def test_the_printed_config_can_be_fed_back(config: Path, tmp_path: Path) -> None:
     code, printed, _ = command("fit", "--config", config, "--print_config")
     assert code == 0
