@@ -52,6 +52,14 @@ RULES = (
 )
 
 
+class Ours(NamedTuple):
+    """What is ours in a folder."""
+
+    names: set[str]
+    complete: bool
+    """Whether that is everything, whatever else comes."""
+
+
 class Outputs:
     """Tells which files below a folder this program wrote.
 
@@ -64,7 +72,7 @@ class Outputs:
         cache = None if cache_dir is None else Path(os.path.realpath(cache_dir))
         self._cache = None if cache in _upwards(root) else cache
         self._folders: dict[Path, Path | None] = {root: root if _in_complete(root) else None}
-        self._entries: dict[Path, set[str]] = {}
+        self._entries: dict[Path, Ours] = {}
 
     def owner(self, file: Path) -> Path | None:
         """The uppermost folder of ours that holds a file below the root, or the file itself if it
@@ -74,35 +82,39 @@ class Outputs:
     def _folder_owner(self, folder: Path) -> Path | None:
         if folder not in self._folders:
             owner = self._folder_owner(folder.parent)
-            if owner is None and (self._is_entry(folder) or self._is_cache(folder)):
-                owner = folder
-            self._folders[folder] = owner
+            ours = self._is_entry(folder) or self._is_cache(folder) or self._ours(folder).complete
+            self._folders[folder] = owner or (folder if ours else None)
         return self._folders[folder]
 
     def _is_entry(self, path: Path) -> bool:
-        if path.parent not in self._entries:
-            self._entries[path.parent] = our_entries(path.parent)
-        if path.name in self._entries[path.parent]:
+        if path.name in self._ours(path.parent).names:
             return True
         return path.is_symlink() and (_in_complete(path) or self._cache in _upwards(path))
+
+    def _ours(self, folder: Path) -> Ours:
+        if folder not in self._entries:
+            self._entries[folder] = ours_in(folder)
+        return self._entries[folder]
 
     def _is_cache(self, folder: Path) -> bool:
         here = self._cache is not None and Path(os.path.realpath(folder)) == self._cache
         return here or (folder / CACHE_TAG).is_file()
 
 
-def our_entries(folder: Path) -> set[str]:
-    """The names in a folder that are ours by its rules."""
+def ours_in(folder: Path) -> Ours:
+    """What is ours in a folder by its rules."""
     names = os.listdir(folder)
     known = set(names)
     own_name = os.path.basename(os.path.realpath(folder))
     if fnmatchcase(own_name, RUN) and "config.yaml" in known and _is_saved_config(folder):
-        return known
+        return Ours(known, complete=True)
     ours = {name for name in names if TRACES.fullmatch(name)}
+    complete = False
     for rule in RULES:
         if fnmatchcase(own_name, rule.folder) and all(_holds(known, e) for e in rule.evidence):
             ours.update(name for name in names if any(fnmatchcase(name, o) for o in rule.ours))
-    return ours
+            complete = complete or rule.ours == EVERYTHING
+    return Ours(ours, complete)
 
 
 def _holds(names: set[str], pattern: str) -> bool:
@@ -126,9 +138,9 @@ def _upwards(path: Path) -> Sequence[Path]:
 
 
 def _in_complete(path: Path) -> bool:
-    """Whether a path is, or lies in, a token store or a checkpoint."""
+    """Whether a path is, or lies in, a token store or a checkpoint, finished or not."""
     return any(
-        all((folder / name).is_file() for name in names)
+        TRACES.fullmatch(folder.name)
+        or any(all((folder / name).is_file() for name in names) for names in COMPLETE_FOLDERS)
         for folder in _upwards(path)
-        for names in COMPLETE_FOLDERS
     )
