@@ -106,6 +106,18 @@ def test_a_file_goes_by_the_name_without_links(root: Path) -> None:
     assert [document.name for document in read(f"{root}/0*")] == ["0.txt"]
 
 
+def test_hidden_files_are_read_only_if_they_are_asked_for(root: Path) -> None:
+    for name in (".hidden.txt", "sub/.deep/x.txt", ".away/y.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(name)
+    (root / "link").symlink_to(".away")
+    for form in (root, f"{root}/**", f"{root}/sub/../**/*.txt"):
+        names = [document.name for document in read(form)]
+        assert names == [*INSIDE[:1], "link/y.txt", *INSIDE[1:]]
+    assert read(root / ".hidden.txt") == [Document(".hidden.txt", ".hidden.txt")]
+    assert read(root / ".away") == [Document("y.txt", ".away/y.txt")]
+
+
 def test_links_with_kinds_are_read_as_what_they_are_called(root: Path) -> None:
     (root / "blob").write_bytes(gzip.compress(json.dumps({"id": 1, "text": "t"}).encode()))
     (root / "x.jsonl.gz").symlink_to("blob")

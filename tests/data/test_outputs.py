@@ -58,8 +58,10 @@ def test_stores_of_other_caches_are_not_read_either(corpus, texts: Path) -> None
 
 
 def test_a_source_inside_the_cache_folder_is_read(corpus, texts: Path) -> None:
+    write(texts.parent, "other.txt")
+    (texts / "link.txt").symlink_to(texts.parent / "other.txt")
     folder = prepare_store(corpus(texts), texts.parent)
-    assert len(stored(folder)) == 12
+    assert len(stored(folder)) == 13
     assert prepare_store(corpus(texts.parent / "t*" / "*.txt"), texts.parent).is_dir()
 
 
