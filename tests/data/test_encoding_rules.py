@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,19 @@ def test_scores_are_part_of_the_fingerprint() -> None:
         rules["model"]["vocab"][-1][1] = -7.5
 
     assert rules(change, unigram) != rules(lambda r: None, unigram)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_only_stores_with_special_tokens_are_made_again(make) -> None:
+    """Where special tokens used to be found in texts, the fingerprint is another one now."""
+    plain = PreTrainedTokenizerFast(tokenizer_object=make())
+    for tokenizer, same in ((plain, True), (with_special(make), False)):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("truncation", "padding", "decoder", "post_processor", "version"):
+            rules.pop(key, None)
+        content = json.dumps(rules, sort_keys=True).encode()
+        before = hashlib.blake2b(content, digest_size=16).hexdigest()
+        assert (fingerprint_tokenizer(tokenizer) == before) is same
 
 
 def test_special_tokens_are_part_of_the_rules() -> None:

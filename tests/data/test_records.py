@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from memorizing_transformers.data import record_files
 from memorizing_transformers.data.documents import Document, Origin
 from memorizing_transformers.data.local import open_files
 from memorizing_transformers.data.prepare import prepare_store
@@ -196,6 +198,26 @@ def test_what_is_no_record_is_told_with_its_place(tmp_path: Path, content: str, 
     message = refusal(tmp_path)
     assert "cannot read records of r.jsonl" in message
     assert told in message
+
+
+def test_a_damaged_first_line_is_told_without_reading_on(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_bytes(b'{"text": "a" "b"}\n' + json_lines([{"text": "x" * 1000}]) * 3000)
+    read_bytes = []
+
+    class Spy(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            read_bytes.append(super().readinto(buffer))
+            return read_bytes[-1]
+
+        def readall(self) -> bytes:
+            content = super().readall()
+            read_bytes.append(len(content))
+            return content
+
+    monkeypatch.setattr(record_files, "open_bytes", lambda path: io.BufferedReader(Spy(path)))
+    assert "line 1" in refusal(file)
+    assert 0 < sum(read_bytes) < 100_000
 
 
 def test_half_a_pair_is_a_replaced_character(tmp_path: Path) -> None:
