@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from memorizing_transformers.analysis.text import tokenize
 from memorizing_transformers.data.encoding_rules import backend_of, text_only
 from memorizing_transformers.data.prepare import prepare_store
 from memorizing_transformers.data.settings import SPLITS
@@ -94,6 +95,16 @@ def test_text_never_becomes_a_special_token(make, text: str, tmp_path: Path) -> 
     # The tokenizer itself stays as it is.
     again = tokenizer.encode("<s>", add_special_tokens=False)
     assert again == [tokenizer.convert_tokens_to_ids("<s>")]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_the_inspector_sees_the_same_ids(make) -> None:
+    tokenizer = with_special(make)
+    text = "a <s>b </s> s"
+    seen = tokenize(tokenizer, text)
+    assert seen.ids.tolist() == encode_document(tokenizer, text).tolist()
+    assert len(seen.ends) == len(seen.ids)
+    assert "".join(seen.pieces()) == text
 
 
 @pytest.mark.parametrize("make", KINDS)

@@ -137,6 +137,14 @@ def test_a_folder_that_cannot_be_listed_is_named(root: Path, monkeypatch) -> Non
         read(root)
 
 
+def test_a_file_in_a_folder_that_cannot_be_listed_is_read(root: Path, monkeypatch) -> None:
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert len(read(root / "a.txt")) == 1
+
+
 def splits(**settings: object) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for reading in open_sources(SourceSettings(**settings)):  # type: ignore[arg-type]

@@ -103,7 +103,10 @@ class Outputs:
 
 def ours_in(folder: Path) -> Ours:
     """What is ours in a folder by its rules."""
-    names = os.listdir(folder)
+    try:
+        names = os.listdir(folder)
+    except OSError:  # a file may be readable in a folder that is not
+        names = []
     known = set(names)
     own_name = os.path.basename(os.path.realpath(folder))
     if fnmatchcase(own_name, RUN) and "config.yaml" in known and _is_saved_config(folder):
