@@ -13,7 +13,13 @@ from .loader import SegmentLoader
 from .plan import RowPlan
 from .prepare import prepare_store, summary_lines
 from .rearranged import CutStore, ShuffledStore
-from .settings import SPLITS, CorpusSettings, SourceSettings, TokenizerSettings
+from .settings import (
+    SPLITS,
+    CorpusSettings,
+    SourceSettings,
+    TokenizerSettings,
+    check_unicode,
+)
 from .store import MIN_TOKENS, TOKENIZER_FOLDER, TokenStore
 from .tokenization import BPE, BYTES, NUM_BYTES, byte_tokenizer, load_tokenizer, vocabulary_size
 
@@ -96,6 +102,7 @@ class DocumentDataModule(LightningDataModule):
         if cut_tokens is not None and shuffle_tokens is not None:
             raise ConfigError("data.shuffle_tokens", shuffle_tokens, "or data.cut_tokens, not both")
         _at_least(0, "data.seed", seed)
+        check_unicode("data.cache_dir", cache_dir)
         if predict_split not in ("validation", "test"):
             raise ConfigError("data.predict_split", predict_split, "must be validation or test")
         self.settings = CorpusSettings(

@@ -19,9 +19,9 @@ class SegmentLoader:
     Rank r of W reads the rows from ``r * B / W`` up to ``(r + 1) * B / W`` of the plan's B. Every
     rank has the same number of steps.
 
-    The training loader is an endless stream read in epochs: an iteration goes on where the one
+    The training loader is an endless stream read in epochs: an iteration resumes where the one
     before stopped, even if it was left early, since the rows' memories hold what was read until
-    there. The evaluation loader starts anew with each iteration.
+    there. The evaluation loader starts again with each iteration.
 
     Args:
         store: the documents.
