@@ -76,11 +76,18 @@ class Memory:
 
     def reading(self) -> Reading:
         """The pairs as of now, for a backward pass that may come after later writes."""
-        names = [*SCALES, *SCALES.values()]
-        stores = {name: getattr(self, name) for name in names}
-        reading = Reading({name: store for name, store in stores.items() if store is not None})
+        stores = [getattr(self, name) for name in (*SCALES, *SCALES.values())]
+        reading = Reading([store for store in stores if store is not None])
         self._readings.add(reading)
         return reading
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Backward passes that may still come are this process's own, and so are weak references.
+        return {**self.__dict__, "_readings": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._readings = WeakSet()
 
     def keys_at(self, index: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """Keys in a floating dtype, restored if stored as int8; perhaps a view, so not to change.
