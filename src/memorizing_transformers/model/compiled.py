@@ -17,8 +17,12 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @cache
-def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(method, dynamic=False)
+def _compiled(
+    method: Callable[..., Any], kind: type, mode: tuple[bool, bool]
+) -> Callable[..., Any]:
+    # Variants count against a limit, beyond which torch runs eagerly: a module's class and the mode
+    # of gradients each have their own. A second shape makes what differs a variable of the code.
+    return torch.compile(method, isolate_recompiles=True)
 
 
 def dense(method: Method) -> Method:
@@ -26,7 +30,9 @@ def dense(method: Method) -> Method:
 
     @wraps(method)
     def run(self: Any, *arguments: Any) -> Any:
-        chosen = _compiled(method) if self.compile_dense else method
-        return chosen(self, *arguments)
+        if not self.compile_dense:
+            return method(self, *arguments)
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return _compiled(method, type(self), mode)(self, *arguments)
 
     return run  # type: ignore[return-value]
