@@ -71,12 +71,15 @@ def test_loaded_twice_through_a_larger_one_it_is_still_right() -> None:
         assert_same(memory, slow)
 
 
-def test_loaded_into_the_same_size_it_is_the_same_bit_for_bit() -> None:
-    source = Memory(3, HEADS, 7, WIDTH)
+@pytest.mark.parametrize("size", [7, 40], ids=["wrapped", "not full"])
+@pytest.mark.parametrize("again", [1, 3], ids=["one row reset", "all rows reset"])
+def test_loaded_into_the_same_size_it_is_the_same_bit_for_bit(again: int, size: int) -> None:
+    source = Memory(3, HEADS, size, WIDTH)
     source.write(*random_segment(3, 9)[:2])
-    source.reset(torch.tensor([True, False, False]))
+    source.reset(torch.arange(3) < again)
     source.write(*random_segment(3, 3)[:2])
-    memory = Memory(3, HEADS, 7, WIDTH)
+    memory = Memory(3, HEADS, size, WIDTH)
+    memory.write(*random_segment(3, 2)[:2])
     memory.load(source.tensors())
     assert memory.max_fill == source.max_fill
     for name, tensor in source.tensors().items():

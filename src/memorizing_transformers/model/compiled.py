@@ -22,7 +22,9 @@ def _compiled(
 ) -> Callable[..., Any]:
     # Variants count against a limit, beyond which torch runs eagerly: a module's class and the mode
     # of gradients each have their own. A second shape makes what differs a variable of the code.
-    return torch.compile(method, isolate_recompiles=True)
+    make: Any = torch.compile  # its stubs do not know the option
+    compiled: Callable[..., Any] = make(method, isolate_recompiles=True)
+    return compiled
 
 
 def dense(method: Method) -> Method:
@@ -32,7 +34,8 @@ def dense(method: Method) -> Method:
     def run(self: Any, *arguments: Any) -> Any:
         if not self.compile_dense:
             return method(self, *arguments)
+        kind: Any = type(self)
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return _compiled(method, type(self), mode)(self, *arguments)
+        return _compiled(method, kind, mode)(self, *arguments)
 
     return run  # type: ignore[return-value]
