@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from small import SEGMENT, Losses, make_data, make_module, scalars
-from two_devices import AWAY, CPU, two_devices
+from two_devices import AWAY, CPU, send_away, two_devices
 
+from memorizing_transformers.analysis.trace import read_document
 from memorizing_transformers.training import report
 from memorizing_transformers.training.callbacks import PredictionWriter
 from memorizing_transformers.training.export import load_model
@@ -72,6 +73,7 @@ CASES = [
 
 def run(root: Path, texts: Path, where: torch.device, **settings: Any) -> dict[str, Any]:
     """Train, resume, validate, test, predict, report; what was seen on the way."""
+    torch.manual_seed(0)
     settings = {"staleness_every_n_steps": 4, "inspect_every_n_steps": 4, **settings}
     module, data, losses = make_module(**settings), make_data(texts), Losses()
     trainer = make(root, where)
@@ -87,9 +89,13 @@ def run(root: Path, texts: Path, where: torch.device, **settings: Any) -> dict[s
     resumed.fit(again, datamodule=make_data(texts), ckpt_path=str(first))
     writer = PredictionWriter(root / "predictions.parquet")
     make(root / "predict", where, callbacks=[writer]).predict(again, datamodule=make_data(texts))
+    model, ids = load_model(first), torch.randint(0, 250, (70,))
+    read: Any = read_document.__wrapped__  # the second device knows no inference mode
     with torch.no_grad():
-        ids = torch.arange(12)[None]
-        exported = load_model(first)(ids).logits
+        exported = model(ids[None]).logits
+        if where == AWAY:
+            send_away(model)
+        trace = read(model, ids.numpy(), SEGMENT, 24, 2)
     return {
         "losses": losses.values,
         "resumed": more.values,
@@ -100,6 +106,7 @@ def run(root: Path, texts: Path, where: torch.device, **settings: Any) -> dict[s
         },
         "report": [[row[name] for name in report.METRICS] for row in rows],
         "exported": exported,
+        "inspected": [torch.from_numpy(x) for x in (trace.nats, trace.shares)],
     }
 
 
@@ -107,7 +114,7 @@ def run(root: Path, texts: Path, where: torch.device, **settings: Any) -> dict[s
 def test_a_run_on_another_device_gives_the_same_figures(
     kind: str, settings: dict[str, Any], texts: Path, tmp_path: Path
 ) -> None:
-    """Build, train, validate, log, save, report, resume, predict, export."""
+    """Build, train, validate, log, save, report, resume, predict, export, inspect."""
     here = run(tmp_path / "here", texts, CPU, **settings)
     with two_devices(kind):
         away = run(tmp_path / "away", texts, AWAY, **settings)

@@ -1,4 +1,4 @@
-"""Compiling the dense parts of a model: what has fixed shapes and reads no memory.
+"""Compiling the dense parts of a model: what reads no memory.
 
 A memory fills, and what is found in it changes from step to step: search, attention over what was
 found, and commit stay as they are. Compiled are methods and not modules, so the names of weights
