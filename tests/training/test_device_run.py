@@ -16,6 +16,7 @@ from small import SEGMENT, Losses, make_data, make_module, scalars
 from two_devices import AWAY, CPU, send_away, two_devices
 
 from memorizing_transformers.analysis.trace import read_document
+from memorizing_transformers.data import batch
 from memorizing_transformers.training import report
 from memorizing_transformers.training.callbacks import PredictionWriter
 from memorizing_transformers.training.export import load_model
@@ -59,6 +60,14 @@ EVERYTHING = {"combine": "content", "position_bias": "t5", "xl_cache": SEGMENT}
 STALE = {"refresh_every_n_steps": 3, "drop_after_n_steps": 5, "drop_below_cosine": 0.5}
 CASES = [
     pytest.param("cuda", EVERYTHING, id="cuda"),
+    pytest.param(
+        "mps",
+        EVERYTHING,
+        marks=pytest.mark.skipif(
+            not hasattr(batch, "WITHOUT_FP64"), reason="metrics need fp64 on the device"
+        ),
+        id="mps",
+    ),
     pytest.param("xpu", {"search": "bucketed", "size": 256}, marks=pytest.mark.slow, id="bucketed"),
     pytest.param("cuda", {"search": "auto", **STALE}, marks=pytest.mark.slow, id="stale"),
     pytest.param(
