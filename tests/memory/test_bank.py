@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 
-from memorizing_transformers.memory import Memory, MemoryBank, XLCache
+from memorizing_transformers.memory import Memory, MemoryBank, XLCache, attend
+from memorizing_transformers.memory.search.reference import reference_search
 
 ROWS, HEADS, WIDTH = 2, 2, 3
 
@@ -89,3 +94,34 @@ def test_loading_refuses_another_number_of_rows(rows: int) -> None:
     stranger = MemoryBank(rows, {1: Memory(rows, HEADS, 7, WIDTH)})
     with pytest.raises(ValueError, match=f"a bank of 2 rows got {rows} rows"):
         make_bank().load(stranger.tensors())
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
+def test_a_copy_goes_on_by_itself(way: str) -> None:
+    """Equal, independent, and fit to be read with a gradient, though the first one is being so."""
+    bank = make_bank()
+    bank.commit(segment())
+    queries = torch.randn(ROWS, HEADS, 3, WIDTH, requires_grad=True)
+
+    def read(memory: Memory) -> torch.Tensor:
+        return attend(queries, memory, reference_search(queries.detach(), memory, 2)).output
+
+    pending = read(bank.memories[1])
+    if way == "torch.save":
+        file = io.BytesIO()
+        torch.save(bank, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(bank) if way == "deepcopy" else pickle.loads(pickle.dumps(bank))
+    before = {name: tensor.clone() for name, tensor in bank.tensors().items()}
+    for name, tensor in other.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    again = read(other.memories[1])
+    other.commit(segment())
+    other.reset(torch.tensor([True, False]))
+    for name, tensor in bank.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    bank.commit(segment())
+    gradients = [torch.autograd.grad(x.square().sum(), queries)[0] for x in (pending, again)]
+    assert torch.equal(*gradients)

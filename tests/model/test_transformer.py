@@ -101,7 +101,7 @@ def test_recomputation_changes_neither_loss_nor_gradients(combine: str, xl_cache
 def test_gradients_do_not_depend_on_what_comes_before_backward(combine: str, frozen: bool) -> None:
     """The ring is overwritten in place, while the backward pass needs what was read."""
     gradients = []
-    for changes in (0, 1, 4):
+    for changes in (0, 1, 4, "load"):
         model = small_model(combine=combine, xl_cache=4, position_bias="t5")
         bank = model.new_memory(2)
         read(model, bank, random_tokens(2, 10, seed=1), 5)
@@ -110,7 +110,11 @@ def test_gradients_do_not_depend_on_what_comes_before_backward(combine: str, fro
         for parameter in wanted:
             parameter.requires_grad_()
         output = model(random_tokens(2, 5), bank)
-        for change in range(changes):
+        if changes == "load":
+            other = model.new_memory(2)
+            read(model, other, random_tokens(2, 10, seed=2), 5)
+            bank.load(other.tensors())
+        for change in range(changes if isinstance(changes, int) else 0):
             bank.commit(output.pairs)
             bank.reset(torch.tensor([change == 1, change == 2]))
         after = {name: tensor.clone() for name, tensor in bank.tensors().items()}

@@ -134,3 +134,25 @@ def test_bucketed_scans_a_large_memory(fast: bool, monkeypatch: pytest.MonkeyPat
     assert hit.float().mean() >= 0.9
     scores = true_scores(queries, memory, found.slots)
     torch.testing.assert_close(scores, scores.sort(-1, descending=True).values)
+
+
+@pytest.mark.parametrize("way", ["bf16", "int8"])
+def test_ranks_that_rough_scores_confuse_are_set_right(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rivals score alike when scored roughly; consecutive, no two share a bucket."""
+    monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
+    monkeypatch.setattr(bucketed, "QUANTIZED_SLOTS", 0)
+    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(bucketed, "has_fast_int8", lambda: way == "int8")
+    heads, top_k, rivals = 6, 8, 2
+    keys = 0.05 * torch.randn(1, heads, 5000, 8)
+    for head in range(heads):
+        order = torch.randperm(top_k + rivals)
+        keys[0, head, 1000 : 1000 + len(order)] = 0.0
+        keys[0, head, 1000 : 1000 + len(order), 0] = 1 + 1e-5 * order
+    memory = Memory(1, heads, 5000, 8)
+    memory.write(keys, keys)
+    queries = torch.eye(1, 8).expand(1, heads, 128, 8)
+    found = bucketed.BucketedSearch(0.95)(queries, memory, top_k)
+    assert torch.equal(found.slots, reference_search(queries, memory, top_k).slots)

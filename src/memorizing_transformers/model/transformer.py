@@ -121,21 +121,25 @@ class Transformer(nn.Module):
         """Embedding N(0, 1); dense kernels truncated normal with variance 1 / fan-in.
 
         Each weight's start depends on the seed and its own name alone, so that two variants of a
-        model begin alike in all that they share.
+        model begin alike in all that they share. It is drawn on the CPU and copied, so that every
+        device begins with the same weights.
         """
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
             seed = (torch.initial_seed() + crc32(name.encode())) % 2**64
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            drawn = torch.empty_like(module.weight, device="cpu", requires_grad=False)
             if isinstance(module, nn.Linear):
                 # 0.8796 is the standard deviation of a unit normal cut at two sigma.
                 std = module.in_features**-0.5 / 0.8796
-                nn.init.trunc_normal_(
-                    module.weight, std=std, a=-2 * std, b=2 * std, generator=generator
-                )
+                nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
             elif module is self.embedding:
-                nn.init.normal_(module.weight, generator=generator)
+                nn.init.normal_(drawn, generator=generator)
+            else:
+                continue
+            with torch.no_grad():
+                module.weight.copy_(drawn)
         for layer in list(self.layers)[: self.config.three_quarters]:
             assert isinstance(layer, Layer)
             layer.attention.bias.look_back(self.config.relative_init)

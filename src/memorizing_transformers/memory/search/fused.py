@@ -120,26 +120,28 @@ def bucket_maxima(
     wide = width > 128
     block = min(64 if wide else 128, max(16, triton.next_power_of_2(count)))
     programs = triton.cdiv(count, block) * triton.cdiv(num_buckets, BLOCK_BUCKETS)
-    bucket_maxima_kernel[(batch * groups * programs,)](
-        queries.to(torch.float32 if interpreted else torch.bfloat16).contiguous(),
-        keys,
-        keys if scales is None else scales,
-        valid.to(torch.int8),
-        (valid * number).amax(1),
-        best,
-        slots,
-        count,
-        memory.size,
-        used,
-        num_buckets,
-        groups,
-        WIDTH=width,
-        SCALED=scales is not None,
-        FACTOR=tl.float32 if interpreted else tl.bfloat16,
-        BLOCK_Q=block,
-        BLOCK_L=BLOCK_BUCKETS,
-        BLOCK_D=max(16, triton.next_power_of_2(width)),
-        num_warps=4 if block < 64 else 8,
-        num_stages=2 if wide or keys.dtype == torch.float32 else 3,
-    )
+    # Triton launches on the current GPU, whichever the tensors are on.
+    with torch.cuda.device_of(queries):
+        bucket_maxima_kernel[(batch * groups * programs,)](
+            queries.to(torch.float32 if interpreted else torch.bfloat16).contiguous(),
+            keys,
+            keys if scales is None else scales,
+            valid.to(torch.int8),
+            (valid * number).amax(1),
+            best,
+            slots,
+            count,
+            memory.size,
+            used,
+            num_buckets,
+            groups,
+            WIDTH=width,
+            SCALED=scales is not None,
+            FACTOR=tl.float32 if interpreted else tl.bfloat16,
+            BLOCK_Q=block,
+            BLOCK_L=BLOCK_BUCKETS,
+            BLOCK_D=max(16, triton.next_power_of_2(width)),
+            num_warps=4 if block < 64 else 8,
+            num_stages=2 if wide or keys.dtype == torch.float32 else 3,
+        )
     return best, slots
