@@ -73,4 +73,4 @@ def test_the_bound_is_a_setting() -> None:
     for search in ("exact", "bucketed", "auto"):
         settings = {"search": search, "search_bytes": 12345}
         model = Transformer(ModelConfig(vocab_size=5, num_layers=1, memory=settings))  # type: ignore[arg-type]
-        assert model.layers[0].attention.search.score_bytes == 12345
+        assert model.layers[0].attention.reader.search.score_bytes == 12345

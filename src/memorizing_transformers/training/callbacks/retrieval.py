@@ -15,7 +15,6 @@ from ...data.batch import Batch
 from ...memory import Memory, MemoryBank, Neighbours
 from ...memory.search.recall import measured_recall
 from ...model import ModelOutput, Retrieval, Transformer
-from ...model.attention import MemoryLayerAttention
 from ..sharded import whole
 from .observing import Harmless, Observer, log_scalars, tensorboards
 
@@ -58,23 +57,13 @@ def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) ->
     return measured_recall(lambda *_: found, asked[:, :, chosen], memory, top_k)
 
 
-def memory_attention(net: Transformer) -> dict[int, MemoryLayerAttention]:
-    """The layers that reach the memory."""
-    attentions = {index: layer.attention for index, layer in enumerate(net.layers)}
-    return {i: a for i, a in attentions.items() if isinstance(a, MemoryLayerAttention)}
-
-
 def learned_gates(net: Transformer) -> dict[int, Tensor]:
     """By memory layer the share of the memory in each head (H,), where it is a learned number.
 
     A collective where weights are sharded.
     """
-    gates = {layer: attention.gate for layer, attention in memory_attention(net).items()}
-    return {
-        layer: torch.sigmoid(whole(gate.detach()).float())
-        for layer, gate in gates.items()
-        if isinstance(gate, Tensor)
-    }
+    shares = {layer: reader.gate.learned() for layer, reader in net.readers().items()}
+    return {layer: whole(share) for layer, share in shares.items() if share is not None}
 
 
 class RetrievalLogging(Observer):
@@ -91,8 +80,8 @@ class RetrievalLogging(Observer):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to observe."""
         super().on_fit_start(trainer, pl_module)
-        attentions = memory_attention(self._module.net)
-        self._searches = {layer: attention.search for layer, attention in attentions.items()}
+        readers = self._module.net.readers()
+        self._searches = {layer: reader.search for layer, reader in readers.items()}
 
     def _is_approximate(self, layer: int) -> bool:
         # The automatic choice knows what it chose once it has searched.
@@ -103,11 +92,12 @@ class RetrievalLogging(Observer):
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Log the scalars of this step."""
         config, scalars = self._module.config, {}
+        readers = self._module.net.readers()
         for layer, retrieval in output.retrievals.items():
             memory, name = bank.memories[layer], f"layer{layer}"
             scalars[f"memory/fill/{name}"] = (memory.fill / memory.size).mean().item()
             scalars[f"memory/share/{name}"] = retrieval.share.mean().item()
-            if config.memory.combine in ("content", "joint"):
+            if readers[layer].gate.depends_on_token:
                 for head, share in enumerate(retrieval.share.mean((0, 2)).tolist()):
                     scalars[f"memory/share/{name}_head{head}"] = share
             if not retrieval.valid.any():

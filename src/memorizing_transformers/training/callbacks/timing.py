@@ -12,7 +12,6 @@ from torch import Tensor
 from ...data.batch import Batch
 from ...memory import Memory, Neighbours, Search
 from .observing import log_scalars
-from .retrieval import memory_attention
 
 
 def wait_for(device: torch.device) -> None:
@@ -78,8 +77,8 @@ class StepTiming(Callback):
         if not (wanted and trainer.loggers):
             return
         self._measuring, self._step = True, step
-        for layer, attention in memory_attention(pl_module.net).items():
-            attention.search = self._searches[layer] = TimedSearch(attention.search)
+        for layer, reader in pl_module.net.readers().items():
+            reader.search = self._searches[layer] = TimedSearch(reader.search)
         wait_for(pl_module.device)
         self._began = time.perf_counter()
 
@@ -105,6 +104,7 @@ class StepTiming(Callback):
         self._restore(pl_module)
 
     def _restore(self, module: Any) -> None:
-        for layer, timed in self._searches.items():
-            module.net.layers[layer].attention.search = timed.search
+        for layer, reader in module.net.readers().items():
+            if layer in self._searches:
+                reader.search = self._searches[layer].search
         self._searches, self._measuring = {}, False
