@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memorizing_transformers.memory import Memory, make_search
-from memorizing_transformers.memory.search import bucketed
+from memorizing_transformers.memory.search import policy
 from memorizing_transformers.model import ModelConfig, Transformer
 
 
@@ -59,8 +59,8 @@ def peak(name: str, score_bytes: int, dtype: torch.dtype) -> int:
 def test_scores_stay_within_their_bound(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucketed, "has_fast_int8", lambda: "int8" in name)
-    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(policy, "has_fast_int8", lambda: "int8" in name)
+    monkeypatch.setattr(policy, "has_fast_bfloat16", lambda: True)
     outcome = ROWS * HEADS * QUERIES * TOP_K * 16
     keys_of_a_head = SLOTS * WIDTH * (4 if dtype == torch.int8 else 2)
     whole = ROWS * HEADS * QUERIES * SLOTS * 4

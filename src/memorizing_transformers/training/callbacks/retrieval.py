@@ -8,18 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ...data.batch import Batch
 from ...memory import Memory, MemoryBank, Neighbours
+from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
 from ...model import ModelOutput, Retrieval, Transformer
 from ..sharded import whole
 from .observing import Harmless, Observer, log_scalars, tensorboards
 
-APPROXIMATE = ("bucketed", "faiss", "faiss-ivf", "faiss-hnsw")
-"""Searches that may miss neighbours."""
 RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""
 HISTOGRAM_PAIRS = 65536
@@ -75,19 +73,6 @@ class RetrievalLogging(Observer):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         super().__init__(every_n_steps)
-        self._searches: dict[int, Any] = {}
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to observe."""
-        super().on_fit_start(trainer, pl_module)
-        readers = self._module.net.readers()
-        self._searches = {layer: reader.search for layer, reader in readers.items()}
-
-    def _is_approximate(self, layer: int) -> bool:
-        # The automatic choice knows what it chose once it has searched.
-        choice = getattr(self._searches[layer], "choice", None)
-        name = choice.name if choice is not None else self._module.config.memory.search
-        return name in APPROXIMATE
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Log the scalars of this step."""
@@ -105,7 +90,7 @@ class RetrievalLogging(Observer):
             steps, tokens = retrieved_ages(memory, retrieval, step)
             scalars[f"memory/retrieved_age_steps/{name}"] = steps.mean().item()
             scalars[f"memory/retrieved_age_tokens/{name}"] = tokens.mean().item()
-            if self._is_approximate(layer):
+            if is_approximate(config.memory.search, readers[layer].search):
                 recall = retrieval_recall(memory, retrieval, config.kv_heads)
                 scalars[f"memory/recall/{name}"] = recall
         if output.retrievals:

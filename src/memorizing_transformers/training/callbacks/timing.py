@@ -31,6 +31,11 @@ class TimedSearch:
         self.search = search
         self.seconds = 0.0
 
+    @property
+    def choice(self) -> Any:
+        """What an automatic choice chose; None for other searches."""
+        return getattr(self.search, "choice", None)
+
     def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
         wait_for(queries.device)
         began = time.perf_counter()
@@ -104,7 +109,6 @@ class StepTiming(Callback):
         self._restore(pl_module)
 
     def _restore(self, module: Any) -> None:
-        for layer, reader in module.net.readers().items():
-            if layer in self._searches:
-                reader.search = self._searches[layer].search
+        for layer, timed in self._searches.items():
+            module.net.readers()[layer].search = timed.search
         self._searches, self._measuring = {}, False
