@@ -220,8 +220,12 @@ def test_encoding_gives_the_pairs_of_a_forward_pass() -> None:
     bank = filled(model, random_tokens(2, 20))
     ids = random_tokens(2, SEGMENT, seed=9)
     pairs = model(ids, bank).pairs
-    for ours, theirs in zip(model.encode(ids, bank), pairs[:2], strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    encoded = model.encode(ids, bank)
+    assert (encoded.memory.keys(), encoded.cache.keys()) == ({0, 1}, {0, 1})
+    for kind in ("memory", "cache"):
+        ours, theirs = getattr(encoded, kind), getattr(pairs, kind)
+        for layer in (0, 1):
+            assert all(map(torch.equal, ours[layer], theirs[layer]))
 
 
 @pytest.mark.parametrize("settings", [{}, {"xl_cache": 5}, {"num_layers": 3, "layers": [1, 2]}])

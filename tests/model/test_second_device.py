@@ -14,7 +14,7 @@ from two_devices import AWAY, CPU, Away, send_away, two_devices
 
 from memorizing_transformers.memory import SEARCHES, drop_drifted, refresh
 from memorizing_transformers.memory.refresh import oldest_drift
-from memorizing_transformers.memory.search import bucketed
+from memorizing_transformers.memory.search import policy
 from memorizing_transformers.model import Transformer
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def test_every_search_runs_where_its_memory_is(
 ) -> None:
     if "faiss" in name:
         pytest.importorskip("faiss")
-    monkeypatch.setattr(bucketed, "has_fused_kernel", lambda: False)
+    monkeypatch.setattr(policy, "has_fused_kernel", lambda: False)
     model = make("model", search=name, size=300, top_k=4)
     tokens = random_tokens(ROWS, 400)
     with two_devices(kind), torch.no_grad():

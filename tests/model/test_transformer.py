@@ -66,7 +66,7 @@ def test_the_start_has_the_stated_spread() -> None:
 def test_the_gate_begins_where_the_config_says() -> None:
     config = small_config(combine="gate")
     config.memory.gate_init = 0.1
-    gate = Transformer(config).layers[1].attention.gate
+    gate = Transformer(config).layers[1].attention.reader.gate.logit
     torch.testing.assert_close(gate.sigmoid(), torch.full((4,), 0.1))
 
 
@@ -214,7 +214,7 @@ def test_pairs_to_commit_carry_no_history() -> None:
     model, ids = small_model(), random_tokens(2, 5)
     output = model(ids, model.new_memory(2))
     assert output.logits.requires_grad
-    assert not any(tensor.requires_grad for pair in output.pairs for tensor in pair)
+    assert not any(tensor.requires_grad for pair in output.pairs.cache.values() for tensor in pair)
 
 
 def test_the_bank_stays_out_of_the_module() -> None:

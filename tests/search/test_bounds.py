@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memorizing_transformers.memory import Memory, Search
-from memorizing_transformers.memory.search import auto, bucketed
+from memorizing_transformers.memory.search import auto, policy
 from memorizing_transformers.model import ModelConfig, Transformer
 
 
@@ -62,8 +62,8 @@ def test_scores_stay_within_the_bound_of_the_configuration(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a model builds its search: what runs in the end is measured, whatever wraps it."""
-    monkeypatch.setattr(bucketed, "has_fast_int8", lambda: "int8" in name)
-    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(policy, "has_fast_int8", lambda: "int8" in name)
+    monkeypatch.setattr(policy, "has_fast_bfloat16", lambda: True)
     monkeypatch.setitem(auto.EXACT_UP_TO, "cpu", SLOTS if "exact" in name else SLOTS - 1)
     outcome = ROWS * HEADS * QUERIES * TOP_K * 16
     keys_of_a_head = SLOTS * WIDTH * (4 if dtype == torch.int8 else 2)
@@ -71,5 +71,5 @@ def test_scores_stay_within_the_bound_of_the_configuration(
     for bound in (2**20, 2**22):
         settings = {"search": name.split(",")[0], "search_bytes": bound}
         model = Transformer(ModelConfig(vocab_size=5, num_layers=1, memory=settings))  # type: ignore[arg-type]
-        most = peak(model.layers[0].attention.search, dtype)
+        most = peak(model.layers[0].attention.reader.search, dtype)
         assert most < 1.5 * bound + 1.5 * keys_of_a_head + 2 * outcome < whole / 4

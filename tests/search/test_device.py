@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers.memory import Memory, Neighbours
-from memorizing_transformers.memory.search.bucketed import BucketedSearch
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.reference import reference_search
 from memorizing_transformers.memory.search.scan import score_blocks
+from memorizing_transformers.memory.search.torch_buckets import torch_buckets
 
 HEADS, WIDTH = 2, 8
 ROOMS = [1, 400, 3000, 20_000, 150_000, 2**26]
@@ -82,7 +82,7 @@ def test_bucketed_search_gives_the_best_of_every_bucket(
     buckets = 13
     memory = filled(size, written, dropped, torch.float32)
     queries = torch.randn(3, HEADS, 21, WIDTH)
-    found = BucketedSearch(score_bytes=room)._plain(queries, memory, buckets, buckets)
+    found = torch_buckets(queries, memory, buckets, buckets, room)
     scores = scores_of(queries, memory)
     best = torch.stack([scores[..., i::buckets].amax(-1) for i in range(buckets)], -1)
     expected = best.sort(-1, descending=True).values

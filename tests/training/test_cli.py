@@ -73,7 +73,10 @@ def test_a_memory_switched_off_gives_the_figures_of_a_plain_model(run: Run, text
         ModelConfig(256, 16, num_layers=2, num_heads=2, memory=MemoryConfig(layers=[]))
     )
     missing = plain.load_state_dict(weights, strict=False)
-    assert (missing.missing_keys, missing.unexpected_keys) == ([], ["layers.1.attention.gate"])
+    assert (missing.missing_keys, missing.unexpected_keys) == (
+        [],
+        ["layers.1.attention.reader.gate.logit"],
+    )
     expected = by_hand(plain, make_data(texts).test_store)
     found = figures_of(run, "--model.memory.size=0")
     assert found == pytest.approx({**found, **expected}, rel=1e-5)

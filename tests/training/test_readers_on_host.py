@@ -76,7 +76,6 @@ def batch_of(ids: Tensor, number: int) -> Batch:
 def observed(module: MemorizingLM, observer: Any, *arguments: Any) -> dict[str, Any]:
     logger = Recorder()
     observer._module, observer._trainer = module, SimpleNamespace(loggers=[logger])
-    observer._searches = {LAYER: module.net.layers[LAYER].attention.search}
     observer.observe(*arguments, 3)
     return logger.seen
 

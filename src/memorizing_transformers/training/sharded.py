@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..model import Transformer
+from ..model.renamed import with_current_names
 from . import checkpoints
 
 
@@ -63,6 +64,7 @@ class ShardedStrategy(ModelParallelStrategy):
         checkpoint[checkpoints.FOLDER_KEY] = {"path": str(folder), "manifest": manifest}
         assert self.model is not None
         whole_state = StateDictOptions(full_state_dict=True)
+        checkpoint["state_dict"] = with_current_names(checkpoint["state_dict"])
         set_model_state_dict(self.model, checkpoint["state_dict"], options=whole_state)
         saved = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, saved, strict=False):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ring import Memory
-from . import Neighbours
 from .host import SCORE_BYTES as HOST_SCORE_BYTES
 from .host import HostScan
 from .largest import largest
+from .protocol import Neighbours
 from .scan import SCORE_BYTES, score_blocks
 
 

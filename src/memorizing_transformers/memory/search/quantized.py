@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..indexed import Rows, dots
 from ..ring import Memory
-from . import Neighbours
 from .largest import largest
+from .protocol import Neighbours
 
 QUERIES = 256
 """Queries of a chunk, at most."""

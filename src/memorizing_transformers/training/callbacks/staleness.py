@@ -51,7 +51,8 @@ def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> d
     if int(memory.positions[row, slots[0]]) > 0 and fresh.caches:
         before = tokens[(slots - segment) % memory.size][None].to(home)
         fresh.commit(net(before, fresh).pairs)
-    new = net(tokens[slots][None].to(home), fresh).pairs[layer][0][0].float().to(memory.device)
+    read = net(tokens[slots][None].to(home), fresh).pairs.memory[layer]
+    new = read[0][0].float().to(memory.device)
     stored = memory.keys_at((slice(row, row + 1), slice(None), slots))[0]
     norms = stored.norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-6)
     return {
