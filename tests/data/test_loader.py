@@ -40,8 +40,11 @@ def test_shapes_and_types(store) -> None:
         torch.bool,
         torch.int64,
         torch.int64,
-        torch.float64,
+        torch.int64,
+        torch.int64,
     ]
+    assert batch.num_bytes.shape == (4,)
+    assert batch.num_bytes.dtype == torch.float64
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
