@@ -24,19 +24,18 @@ from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
 from .callbacks import MemoryClearing, standard_callbacks
 from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
-from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
+from .export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
 from .metrics import language_model_metrics
 from .neighbours import best_neighbour
+from .optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
+from .optimizer_state import take_over
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
-from .resume import check_resumable, restore_rank, resume_facts
+from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
 from .sharded import shard
+from .weights import start_from
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
-
-ARCHITECTURE_KEY = "architecture"
-"""Where a checkpoint keeps what its weights mean."""
-
 
 class MemorizingLM(LightningModule):
     """Trains and tests a ``Transformer`` with one memory bank per stage.
@@ -51,6 +50,9 @@ class MemorizingLM(LightningModule):
             and time/*; 0 for never.
         inspect_every_n_steps: training steps between two histograms and sample retrievals in
             TensorBoard; 0 for never, and then validation draws no loss by position either.
+        init_from: a checkpoint folder, or a folder that `export` or ``save_pretrained`` wrote, whose
+            weights a new run starts from; optimiser, step and memory begin fresh. Not read when
+            ckpt_path is given. None for weights drawn by the seed.
         settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
     """
 
@@ -60,6 +62,7 @@ class MemorizingLM(LightningModule):
         save_memory: bool = True,
         staleness_every_n_steps: int = 50,
         inspect_every_n_steps: int = 500,
+        init_from: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -68,6 +71,7 @@ class MemorizingLM(LightningModule):
         self.config = config
         self.optimizer_config = optimizer
         self.save_memory = save_memory
+        self.init_from = init_from
         self._resume: dict[str, Any] | None = None
         self.staleness_every_n_steps = staleness_every_n_steps
         self.inspect_every_n_steps = inspect_every_n_steps
@@ -112,6 +116,8 @@ class MemorizingLM(LightningModule):
                 remedy = f"the tokenizer has {needed} tokens; leave it out or raise it"
                 raise ConfigError("model.vocab_size", self.config.vocab_size, remedy)
         self.net = Transformer(self.config)
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            start_from(self.net, self.init_from, self._tokenizer)
         if not self.config.memory.size:
             # Without a memory these take no part, and DDP waits for every gradient it expects.
             for parameter in self.net.memory_parameters():
@@ -247,36 +253,21 @@ class MemorizingLM(LightningModule):
         """Note what the weights mean, so that the file suffices to use them."""
         checkpoint[ARCHITECTURE_KEY] = self.config.architecture()
         checkpoint[SETTINGS_KEY] = asdict(self.config)
+        checkpoint[OPTIMIZER_KEY] = asdict(self.optimizer_config)
         if self._tokenizer is not None:
             checkpoint[TOKENIZER_KEY] = pack_tokenizer(self._tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another architecture, or for other token ids.
+        """Refuse what does not fit, and have the rest taken over under the settings of now.
 
         Raises:
             UserError: naming every key that differs.
         """
-        saved, ours = checkpoint.get(ARCHITECTURE_KEY), self.config.architecture()
-        if saved is None:
-            raise UserError("ckpt_path: not a checkpoint of this project, no architecture in it")
-        differing = [
-            f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"
-            for key in sorted(set(saved) | set(ours))
-            if saved.get(key) != ours.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"ckpt_path: the checkpoint is of another architecture: {', '.join(differing)}; "
-                "give the config that was saved with its run"
-            )
-        files, tokenizer = checkpoint.get(TOKENIZER_KEY), self._tokenizer
-        if files is not None and tokenizer is not None and not is_packed(files, tokenizer):
-            raise UserError(
-                "data.tokenizer: not the checkpoint's tokenizer, so its ids mean other text; give "
-                "the tokenizer/ folder that `python -m memorizing_transformers export` writes"
-            )
-        if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
-            self._resume = checkpoint.get(FOLDER_KEY)
-            if self._resume is not None:
-                facts = resume_facts(getattr(self.trainer, "datamodule", None))
-                check_resumable(self._resume["manifest"], facts)
+        check_weights(checkpoint, self.config, self._tokenizer)
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        check_resumable(checkpoint, getattr(self.trainer, "datamodule", None))
+        self._resume = checkpoint.get(FOLDER_KEY)
+        if type(self).configure_optimizers is MemorizingLM.configure_optimizers:
+            assert self.net is not None
+            take_over(checkpoint, self.net, self.optimizer_config, self.trainer.max_steps)

@@ -9,10 +9,19 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..errors import UserError
 from ..memory import MemoryBank
+from ..model import ModelConfig
 from . import checkpoints
+from .checkpoints import FOLDER_KEY
+from .export import TOKENIZER_KEY, is_packed
 from .rank_state import load_random_state, load_rows
 
-MAY_CHANGE = "the number of ranks, memory.size, max_steps, evaluation and logging may change"
+ARCHITECTURE_KEY = "architecture"
+"""Where a checkpoint keeps what its weights mean."""
+
+MAY_CHANGE = (
+    "the number of ranks, memory.size, the optimiser's settings, max_steps, evaluation and logging "
+    "may change"
+)
 
 
 def resume_facts(datamodule: Any) -> dict[str, Any]:
@@ -29,14 +38,52 @@ def resume_facts(datamodule: Any) -> dict[str, Any]:
     }
 
 
-def check_resumable(manifest: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Refuse to go on with another order of tokens.
+def check_weights(checkpoint: dict[str, Any], config: ModelConfig, tokenizer: Any) -> None:
+    """Refuse the weights of another architecture, or for other token ids.
+
+    Args:
+        checkpoint: as loaded.
+        config: the model.
+        tokenizer: that of the data, or None where it is not known.
+
+    Raises:
+        UserError: naming every key that differs.
+    """
+    saved, ours = checkpoint.get(ARCHITECTURE_KEY), config.architecture()
+    if saved is None:
+        raise UserError("ckpt_path: not a checkpoint of this project, no architecture in it")
+    differing = [
+        f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"
+        for key in sorted(set(saved) | set(ours))
+        if saved.get(key) != ours.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"ckpt_path: the checkpoint is of another architecture: {', '.join(differing)}; "
+            "give the config that was saved with its run"
+        )
+    files = checkpoint.get(TOKENIZER_KEY)
+    if files is not None and tokenizer is not None and not is_packed(files, tokenizer):
+        raise UserError(
+            "data.tokenizer: not the checkpoint's tokenizer, so its ids mean other text; give "
+            "the tokenizer/ folder that `python -m memorizing_transformers export` writes"
+        )
+
+
+def check_resumable(checkpoint: dict[str, Any], datamodule: Any) -> None:
+    """Refuse to go on without an optimiser's state, or with another order of tokens.
 
     Raises:
         UserError: naming what differs and what may.
     """
-    for key, ours in facts.items():
-        saved = manifest.get(key)
+    folder = checkpoint.get(FOLDER_KEY, {"path": "", "manifest": {}})
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            f"ckpt_path: {folder['path']} holds weights only, so training cannot resume from it; "
+            "begin a new run with its weights: model.init_from instead of ckpt_path"
+        )
+    for key, ours in resume_facts(datamodule).items():
+        saved = folder["manifest"].get(key)
         if saved is None or saved == ours:
             continue
         if key == "data":
