@@ -32,7 +32,7 @@ from .optimizer_state import take_over
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
 from .sharded import shard
-from .weights import start_from
+from .weights import weights_for
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
@@ -73,6 +73,7 @@ class MemorizingLM(LightningModule):
         self.save_memory = save_memory
         self.init_from = init_from
         self._resume: dict[str, Any] | None = None
+        self._has_weights = init_from is None
         self.staleness_every_n_steps = staleness_every_n_steps
         self.inspect_every_n_steps = inspect_every_n_steps
         self.net: Transformer | None = None
@@ -116,8 +117,6 @@ class MemorizingLM(LightningModule):
                 remedy = f"the tokenizer has {needed} tokens; leave it out or raise it"
                 raise ConfigError("model.vocab_size", self.config.vocab_size, remedy)
         self.net = Transformer(self.config)
-        if self.init_from is not None and self.trainer.ckpt_path is None:
-            start_from(self.net, self.init_from, self._tokenizer)
         if not self.config.memory.size:
             # Without a memory these take no part, and DDP waits for every gradient it expects.
             for parameter in self.net.memory_parameters():
@@ -135,8 +134,22 @@ class MemorizingLM(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
 
+    def _take_weights(self) -> None:
+        """Start with the weights of ``init_from``, unless a checkpoint was loaded."""
+        if self._has_weights:
+            return
+        assert self.net is not None and self.init_from is not None
+        taken = weights_for(self.net, self.init_from, self._tokenizer)
+        named = {"state_dict": {f"net.{name}": tensor for name, tensor in taken.items()}}
+        self.trainer.strategy.load_model_state_dict(named, strict=False)
+        self._has_weights = True
+
+    # By the first of these hooks every strategy has loaded the checkpoint, if one was given.
+    on_validation_start = on_test_start = on_predict_start = _take_weights
+
     def on_train_start(self) -> None:
         """Put back the memory of this rank's rows and its random states, when resuming."""
+        self._take_weights()
         if self._resume is None:
             return
         assert self.net is not None
@@ -264,6 +277,7 @@ class MemorizingLM(LightningModule):
             UserError: naming every key that differs.
         """
         check_weights(checkpoint, self.config, self._tokenizer)
+        self._has_weights = True
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         check_resumable(checkpoint, getattr(self.trainer, "datamodule", None))

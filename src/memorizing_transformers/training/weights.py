@@ -94,17 +94,20 @@ def _refuse(folder: str, differing: list[str]) -> None:
         raise ConfigError(KEY, folder, remedy)
 
 
-def start_from(net: Transformer, folder: str, tokenizer: Any = None) -> None:
-    """Put the weights of a finished model into a network, and say what they leave open.
+def weights_for(net: Transformer, folder: str, tokenizer: Any = None) -> dict[str, Tensor]:
+    """The weights of a finished model that a network can start with; says what they leave open.
 
     The memory may differ in every setting. Its parameters are taken over where the model was
     trained with a memory that is joined in the same way in the same layer; elsewhere they keep
     their start.
 
     Args:
-        net: the network, not yet sharded.
+        net: the network, sharded or not.
         folder: a checkpoint, or a folder that ``save_pretrained`` wrote.
         tokenizer: that of the data, or None where it is not known.
+
+    Returns:
+        by name in the network, on the CPU.
 
     Raises:
         ConfigError: naming the settings that differ, or because the token ids mean other text.
@@ -130,10 +133,13 @@ def start_from(net: Transformer, folder: str, tokenizer: Any = None) -> None:
     own, given = net.state_dict(), weights.tensors
     of_memory = {id(parameter) for parameter in net.memory_parameters()}
     replaced = {name for name, p in net.named_parameters() if id(p) in of_memory}
+    if not weights.config.memory.size:
+        # Never trained there: as good as not there.
+        given = {name: tensor for name, tensor in given.items() if name not in replaced}
     lacking = [name for name in own if name not in given and name not in replaced]
     if lacking:
         raise ConfigError(KEY, folder, f"lacks weights of this model: {_some(lacking)}")
-    if weights.config.memory.size and all(saved[key] == ours[key] for key in OF_MEMORY):
+    if all(saved[key] == ours[key] for key in OF_MEMORY):
         replaced -= given.keys()
     taken = {name: given[name] for name in own if name in given and name not in replaced}
     _refuse(
@@ -144,10 +150,10 @@ def start_from(net: Transformer, folder: str, tokenizer: Any = None) -> None:
             if tensor.shape != own[name].shape
         ][:SHOWN],
     )
-    net.load_state_dict(taken, strict=False)
     new = [name for name in own if name not in taken]
     left = [name for name in given if name not in taken]
     rank_zero_info(f"{KEY}: {len(taken)} of {len(own)} weights are those of {folder}")
     for names, what in ((new, "start as in a new model"), (left, "of that model are not used")):
         if names:
             rank_zero_info(f"{KEY}: {len(names)} weights {what}: {_some(names)}")
+    return taken
