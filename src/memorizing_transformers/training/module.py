@@ -30,8 +30,8 @@ from .neighbours import best_neighbour
 from .optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
 from .optimizer_state import take_over
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
-from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
-from .sharded import shard
+from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_gradients, restore_rank
+from .sharded import is_sharded, shard, whole
 from .weights import weights_for
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
@@ -74,6 +74,7 @@ class MemorizingLM(LightningModule):
         self.init_from = init_from
         self._resume: dict[str, Any] | None = None
         self._has_weights = init_from is None
+        self._accumulating = False
         self.staleness_every_n_steps = staleness_every_n_steps
         self.inspect_every_n_steps = inspect_every_n_steps
         self.net: Transformer | None = None
@@ -155,21 +156,51 @@ class MemorizingLM(LightningModule):
         assert self.net is not None
         folder, manifest = Path(self._resume["path"]), self._resume["manifest"]
         trainer, self._resume = self.trainer, None
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        bank = self.net.new_memory(datamodule.batch_rows // trainer.world_size, self.device)
+        place = (folder, manifest, trainer.global_rank, trainer.world_size)
         try:
-            restore_rank(folder, manifest, trainer.global_rank, trainer.world_size, bank)
+            bank = restore_rank(*place, lambda rows: self.net.new_memory(rows, self.device))
+            self._accumulating = restore_gradients(*place, self.net)
         except DamagedCheckpoint as error:
             raise explain_damage(folder, error) from error
-        self.banks["train"] = bank
+        if bank is not None:
+            self.banks["train"] = bank
+
+    def on_after_backward(self) -> None:
+        """Note that gradients wait for an optimiser step."""
+        self._accumulating = True
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Note that none do."""
+        self._accumulating = False
+
+    def accumulated_gradients(self) -> dict[str, Tensor]:
+        """By parameter, what waits for an optimiser step; {} between two windows of accumulation.
+
+        Where weights are sharded, rank 0 alone has them (a collective).
+        """
+        if not self._accumulating or self.net is None:
+            return {}
+        named = self.net.named_parameters()
+        found = {name: whole(p.grad) for name, p in named if p.grad is not None}
+        return found if self.global_rank == 0 or not is_sharded(self.net) else {}
 
     def prepare_bank(self, stage: str, batch: Batch) -> MemoryBank:
-        """The stage's bank, made at its first batch, with this batch's new documents cleared."""
+        """The stage's bank, made at its first batch, with this batch's new documents cleared.
+
+        Raises:
+            UserError: where the batch has another number of rows than the one before.
+        """
         assert self.net is not None
         if stage not in self.banks:
             self.banks[stage] = self.net.new_memory(batch.input_ids.shape[0], self.device)
-        self.banks[stage].reset(batch.reset)
-        return self.banks[stage]
+        bank, rows = self.banks[stage], batch.input_ids.shape[0]
+        if bank.batch_size != rows:
+            raise UserError(
+                f"{stage}: a batch of {rows} rows follows one of {bank.batch_size}, whose memory it "
+                "would need; let the loader give as many rows always, after a resume too"
+            )
+        bank.reset(batch.reset)
+        return bank
 
     def read(self, stage: str, batch: Batch) -> tuple[ModelOutput, Tensor]:
         """Forward with the stage's memory; changes nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..errors import UserError
 from ..memory import MemoryBank
-from ..model import ModelConfig
+from ..model import ModelConfig, Transformer
 from . import checkpoints
 from .checkpoints import FOLDER_KEY
 from .export import TOKENIZER_KEY, is_packed
-from .rank_state import load_random_state, load_rows
+from .rank_state import load_gradients, load_random_state, load_rows, rows_of
+from .sharded import is_sharded, like
 
 ARCHITECTURE_KEY = "architecture"
 """Where a checkpoint keeps what its weights mean."""
@@ -98,35 +100,82 @@ def check_resumable(checkpoint: dict[str, Any], datamodule: Any) -> None:
 
 
 def restore_rank(
-    folder: Path, manifest: dict[str, Any], rank: int, world_size: int, bank: MemoryBank
-) -> None:
-    """Put back the memory of this rank's rows and, on as many ranks, its random states.
+    folder: Path,
+    manifest: dict[str, Any],
+    rank: int,
+    world_size: int,
+    new_memory: Callable[[int], MemoryBank],
+) -> MemoryBank | None:
+    """The memory of this rank's rows; on as many ranks, its random states are put back too.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
         rank: this rank.
         world_size: ranks now.
-        bank: this rank's training bank, to be filled.
+        new_memory: makes an empty bank of so many rows.
+
+    Returns:
+        the bank, or None where no row had been read.
 
     Raises:
         DamagedCheckpoint: naming the part that is damaged.
+        UserError: where the rows cannot be shared out evenly.
     """
     parts = int(manifest["world_size"])
-    first_row = rank * bank.batch_size
-    same_ranks = parts == world_size
     # Parts are as wide as each other: every rank owns the same number of rows.
-    width = bank.batch_size * world_size // parts
-    needed = range(first_row // width, -(-(first_row + bank.batch_size) // width))
-    checkpoints.verify(folder, [checkpoints.rank_file(part) for part in needed])
-    if manifest["memory"]:
-        bank.load(load_rows(folder, needed, first_row, bank.batch_size))
-    else:
+    width = len(rows_of(folder, 0))
+    if width * parts % world_size:
+        raise UserError(
+            f"trainer.devices: {world_size} ranks cannot share the checkpoint's {width * parts} "
+            "rows evenly; give a number that divides them"
+        )
+    count = width * parts // world_size
+    first_row = rank * count
+    # A run that has read nothing has no rows, and then a part for each rank.
+    needed = range(rank, rank + 1)
+    if width:
+        needed = range(first_row // width, -(-(first_row + count) // width))
+    same_ranks = parts == world_size
+    if width or same_ranks:
+        checkpoints.verify(folder, [checkpoints.rank_file(part) for part in needed])
+    bank = new_memory(count) if width else None
+    rows = load_rows(folder, needed, first_row, count) if width else {}
+    if bank is not None and rows:
+        bank.load(rows)
+    if bank is not None and bank.memories and not any(name.startswith("memory.") for name in rows):
         rank_zero_info("The checkpoint holds no memory: every row goes on with an empty one.")
     if same_ranks:
         load_random_state(folder, rank)
     else:
         rank_zero_info(
             f"Written by {parts} ranks, read by {world_size}: each row has found its rank; random "
-            "states (dropout) start anew."
+            "states (dropout) begin afresh."
         )
+    return bank
+
+
+def restore_gradients(
+    folder: Path, manifest: dict[str, Any], rank: int, world_size: int, net: Transformer
+) -> bool:
+    """Put back what was accumulated towards the next optimiser step.
+
+    As many ranks take their own; others take the mean, which is what they would average to.
+
+    Returns:
+        whether there was anything.
+
+    Raises:
+        DamagedCheckpoint: naming the part that is damaged.
+    """
+    parts = int(manifest["world_size"])
+    if not load_gradients(folder, [0]):
+        return False
+    own = parts == world_size and not is_sharded(net)
+    wanted = [rank] if own else [*range(parts)]
+    checkpoints.verify(folder, [checkpoints.rank_file(part) for part in wanted])
+    gradients = load_gradients(folder, wanted) or load_gradients(folder, [0])
+    for name, parameter in net.named_parameters():
+        if name in gradients and parameter.requires_grad:
+            parameter.grad = like(gradients[name], parameter)
+    return True

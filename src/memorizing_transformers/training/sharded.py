@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
@@ -138,6 +138,14 @@ def shard(net: Transformer, mesh: DeviceMesh) -> None:
 def is_sharded(net: Transformer) -> bool:
     """Whether a forward pass is a collective, for which all ranks must meet."""
     return any(isinstance(parameter, DTensor) for parameter in net.parameters())
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in a parameter's dtype, on its device and sharded as it is (a collective)."""
+    moved = tensor.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
+    return moved
 
 
 def whole(tensor: Tensor) -> Tensor:
