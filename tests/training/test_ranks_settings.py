@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import scalars
-from test_ranks import ROOT, on_one_rank, on_ranks, write_saving_config
+from small import command, scalars
+from test_ranks import on_one_rank, on_ranks, write_saving_config
 
 STEPS = ["--final_report", "false", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"]
 STEPS += ["--trainer.limit_val_batches", "1"]
@@ -30,9 +28,20 @@ def first(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, An
     return found
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("sharded", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sizes", [(0, 32), (32, 0)], ids=["on", "off"])
-@pytest.mark.parametrize("key", ["--ckpt_path", "--model.init_from"])
+RESUME, START, SLOW = "--ckpt_path", "--model.init_from", pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("key", "sizes", "strategy"),
+    [
+        pytest.param(RESUME, (0, 32), "ddp", id="memory on"),
+        pytest.param(RESUME, (32, 0), "ddp", id="memory off", marks=SLOW),
+        pytest.param(RESUME, (0, 32), "sharded", id="memory on, sharded", marks=SLOW),
+        pytest.param(RESUME, (32, 0), "sharded", id="memory off, sharded", marks=SLOW),
+        pytest.param(START, (0, 32), "ddp", id="weights with memory added", marks=SLOW),
+        pytest.param(START, (0, 32), "sharded", id="the same, sharded", marks=SLOW),
+    ],
+)
 def test_two_ranks_take_over_what_one_does(
     sizes: tuple[int, int], strategy: str, key: str, first: dict[int, Any], tmp_path: Path
 ) -> None:
@@ -43,7 +52,7 @@ def test_two_ranks_take_over_what_one_does(
     on_one_rank(*given, "--trainer.default_root_dir", roots[0])
     on_ranks(2, *given, "--trainer.default_root_dir", roots[1], strategy=strategy)
     one, two = (scalars(root / "version_0") for root in roots)
-    assert len(one["train/loss"]) == (3 if key == "--ckpt_path" else 6)
+    assert len(one["train/loss"]) == (3 if key == RESUME else 6)
     for name in ("train/loss", "trainer/learning_rate"):
         assert two[name] == {step: pytest.approx(v, rel=1e-3) for step, v in one[name].items()}
     saved = [root / "version_0" / "checkpoints" / "step=6.ckpt" / "trainer.ckpt" for root in roots]
@@ -57,18 +66,11 @@ def test_adafactor_on_sharded_ranks_is_refused_before_any_work(
     texts: Path, tmp_path: Path
 ) -> None:
     config = write_saving_config(tmp_path / "config.yaml", texts, tmp_path / "runs", every=4)
-    given = ["--trainer.devices", "2", "--trainer.strategy", "sharded"]
-    given += ["--model.optimizer.name", "adafactor", "--data.cache_dir", str(tmp_path / "cache")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(config), *given],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines
-    assert lines[0].startswith("error: model.optimizer.name = 'adafactor': ")
-    assert "Traceback" not in done.stderr
+    given = ["--config", config, "--trainer.strategy", "sharded"]
+    given += ["--model.optimizer.name", "adafactor", "--data.cache_dir", tmp_path / "cache"]
+    code, _, err = command("fit", *given)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: model.optimizer.name = 'adafactor': ")
+    assert "trainer.strategy=sharded" in line
     assert not (tmp_path / "cache").exists()
