@@ -62,9 +62,7 @@ def test_two_ranks_take_over_what_one_does(
     assert steps[0] == steps[1]
 
 
-def test_adafactor_on_sharded_ranks_is_refused_before_any_work(
-    texts: Path, tmp_path: Path
-) -> None:
+def test_adafactor_on_sharded_ranks_is_refused_before_any_work(texts: Path, tmp_path: Path) -> None:
     config = write_saving_config(tmp_path / "config.yaml", texts, tmp_path / "runs", every=4)
     given = ["--config", config, "--trainer.strategy", "sharded"]
     given += ["--model.optimizer.name", "adafactor", "--data.cache_dir", tmp_path / "cache"]

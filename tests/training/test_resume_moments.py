@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ def test_accumulated_gradients_are_part_of_a_checkpoint(
         assert rest == losses[batches:]
         assert_alike(state(resumed), state(whole))
         # Saved again before another batch, it holds the same.
-        chained, rest = fit(texts, tmp_path / "again", checkpoint, options)
+        _, rest = fit(texts, tmp_path / "again", checkpoint, options)
         assert rest == losses[batches:]
 
 
@@ -241,12 +240,12 @@ def test_plain_loaders_resume_without_a_datamodule(texts: Path, tmp_path: Path) 
 
 
 def test_rows_that_the_ranks_cannot_share_are_refused(texts: Path, tmp_path: Path) -> None:
-    from memorizing_transformers.training.resume import restore_rank
+    from memorizing_transformers.training.resume import restore_rows
 
     fit(texts, tmp_path)
     place: Any = (tmp_path / "1.ckpt", {"world_size": 1}, 0, 3)
     with pytest.raises(UserError, match="3 ranks cannot share the checkpoint's 4 rows"):
-        restore_rank(*place, MemoryBank)
+        restore_rows(*place, MemoryBank)
 
 
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.999])
@@ -265,3 +264,46 @@ def test_a_damaged_part_of_a_rank_is_refused_in_one_line(
     assert str(part) in message
     assert str(tmp_path / "4.ckpt") in message
     assert "\n" not in message
+
+
+class Places(Callback):
+    """Keeps which document every row reads, and where."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        self.seen.append((batch.document.tolist(), batch.position.tolist()))
+
+
+@pytest.mark.parametrize("batches", [None, 5])
+def test_reloading_the_loader_goes_on_in_the_same_stream(
+    batches: int | None, texts: Path, tmp_path: Path
+) -> None:
+    seen = []
+    for every in (0, 1, 2):
+        places, losses = Places(), Losses()
+        options = {**QUIET, "limit_val_batches": 0, "val_check_interval": None, "max_steps": -1}
+        options |= {"max_epochs": 4, "reload_dataloaders_every_n_epochs": every}
+        if batches:
+            options["limit_train_batches"] = batches
+
+        class Save(Callback):
+            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                if trainer.reload_dataloaders_every_n_epochs == 1:
+                    trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+        trainer = MemoryTrainer(callbacks=[places, losses, Save()], **options)
+        trainer.fit(make_module(), datamodule=make_data(texts))
+        seen.append((places.seen, losses.values))
+    assert seen[1] == seen[0]
+    assert seen[2] == seen[0]
+    epoch = len(seen[0][0]) // 4
+    for step in (epoch - 1, epoch, epoch + 2):
+        losses = Losses()
+        trainer = MemoryTrainer(
+            callbacks=[losses], **{**options, "reload_dataloaders_every_n_epochs": 1}
+        )
+        resume = tmp_path / f"{step}.ckpt"
+        trainer.fit(make_module(), datamodule=make_data(texts), ckpt_path=resume)
+        assert losses.values == seen[0][1][step:]

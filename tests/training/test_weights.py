@@ -81,9 +81,9 @@ def test_a_run_starts_with_the_weights_and_nothing_else(
     caplog.set_level("INFO")
     source = trained(texts, tmp_path)
     source = exported(source) if export else source
-    module, begun, losses, trainer = started(texts, source)
+    _, begun, losses, trainer = started(texts, source)
     assert_alike(begun, weights_of(source))
-    _, fresh, other, _ = started(texts, None)
+    _, _, other, _ = started(texts, None)
     assert losses[0] < other[0]
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
     count = len(begun)
@@ -121,10 +121,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "another meaning": (
         {"position_bias": "t5"},
         {"position_bias": "learned-absolute"},
-        {
-            name: f"{GATE}, layers.1.attention.memory_bias.table.weight"
-            for name in ("new", "left")
-        },
+        {name: f"{GATE}, layers.1.attention.memory_bias.table.weight" for name in ("new", "left")},
     ),
 }
 
@@ -240,7 +237,9 @@ def test_the_command_line_retrofits_a_memory_and_resumes_without_the_source(
     given = ("fit", "--config", config, *quick, "--model.init_from", source)
     code, _, err = command(*given)
     assert code == 0, err
-    assert "model.init_from: 1 weights start as in a new model: layers.1.attention.gate" in caplog.text
+    assert (
+        "model.init_from: 1 weights start as in a new model: layers.1.attention.gate" in caplog.text
+    )
     retrofitted = tmp_path / "runs" / "version_1"
     saved = yaml.safe_load((retrofitted / "config.yaml").read_text())
     assert saved["model"]["init_from"] == str(source)

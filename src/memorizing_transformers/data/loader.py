@@ -99,6 +99,10 @@ class SegmentLoader:
         self._delivered = state["epoch"] * self.plan.steps_per_epoch + state["step"]
         self._loaded = True
 
+    def follow(self, other: SegmentLoader) -> None:
+        """Let the next iteration go on where that of another loader of the stream would."""
+        self._delivered, self._loaded = other._delivered, other._loaded
+
     def batch(self, epoch: int, step: int) -> Batch:
         """The batch at a position, without moving there."""
         documents, offsets = self.plan.locate(epoch, step)

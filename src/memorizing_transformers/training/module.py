@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +22,20 @@ from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
 from .callbacks import MemoryClearing, standard_callbacks
-from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
+from .checkpoints import FOLDER_KEY
 from .export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
 from .metrics import language_model_metrics
 from .neighbours import best_neighbour
 from .optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
 from .optimizer_state import take_over
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
-from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_gradients, restore_rank
-from .sharded import is_sharded, shard, whole
+from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
+from .sharded import gathered_gradients, shard
 from .weights import weights_for
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
+
 
 class MemorizingLM(LightningModule):
     """Trains and tests a ``Transformer`` with one memory bank per stage.
@@ -50,8 +50,8 @@ class MemorizingLM(LightningModule):
             and time/*; 0 for never.
         inspect_every_n_steps: training steps between two histograms and sample retrievals in
             TensorBoard; 0 for never, and then validation draws no loss by position either.
-        init_from: a checkpoint folder, or a folder that `export` or ``save_pretrained`` wrote, whose
-            weights a new run starts from; optimiser, step and memory begin fresh. Not read when
+        init_from: a checkpoint folder, or a folder that `export` or ``save_pretrained`` wrote:
+            a new run starts from its weights, with a fresh optimiser at step 0. Not read where
             ckpt_path is given. None for weights drawn by the seed.
         settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
     """
@@ -139,7 +139,8 @@ class MemorizingLM(LightningModule):
         """Start with the weights of ``init_from``, unless a checkpoint was loaded."""
         if self._has_weights:
             return
-        assert self.net is not None and self.init_from is not None
+        assert self.net is not None
+        assert self.init_from is not None
         taken = weights_for(self.net, self.init_from, self._tokenizer)
         named = {"state_dict": {f"net.{name}": tensor for name, tensor in taken.items()}}
         self.trainer.strategy.load_model_state_dict(named, strict=False)
@@ -154,14 +155,10 @@ class MemorizingLM(LightningModule):
         if self._resume is None:
             return
         assert self.net is not None
-        folder, manifest = Path(self._resume["path"]), self._resume["manifest"]
-        trainer, self._resume = self.trainer, None
-        place = (folder, manifest, trainer.global_rank, trainer.world_size)
-        try:
-            bank = restore_rank(*place, lambda rows: self.net.new_memory(rows, self.device))
-            self._accumulating = restore_gradients(*place, self.net)
-        except DamagedCheckpoint as error:
-            raise explain_damage(folder, error) from error
+        trainer = self.trainer
+        place = (self._resume, trainer.global_rank, trainer.world_size, self.net)
+        self._resume = None
+        bank, self._accumulating = restore_rank(*place, self.device)
         if bank is not None:
             self.banks["train"] = bank
 
@@ -174,15 +171,10 @@ class MemorizingLM(LightningModule):
         self._accumulating = False
 
     def accumulated_gradients(self) -> dict[str, Tensor]:
-        """By parameter, what waits for an optimiser step; {} between two windows of accumulation.
-
-        Where weights are sharded, rank 0 alone has them (a collective).
-        """
+        """What waits for an optimiser step, as ``gathered_gradients``; {} where nothing does."""
         if not self._accumulating or self.net is None:
             return {}
-        named = self.net.named_parameters()
-        found = {name: whole(p.grad) for name, p in named if p.grad is not None}
-        return found if self.global_rank == 0 or not is_sharded(self.net) else {}
+        return gathered_gradients(self.net, self.global_rank)
 
     def prepare_bank(self, stage: str, batch: Batch) -> MemoryBank:
         """The stage's bank, made at its first batch, with this batch's new documents cleared.
@@ -196,8 +188,8 @@ class MemorizingLM(LightningModule):
         bank, rows = self.banks[stage], batch.input_ids.shape[0]
         if bank.batch_size != rows:
             raise UserError(
-                f"{stage}: a batch of {rows} rows follows one of {bank.batch_size}, whose memory it "
-                "would need; let the loader give as many rows always, after a resume too"
+                f"{stage}: a batch of {rows} rows follows one of {bank.batch_size}, whose memory "
+                "it would need; let the loader give as many rows always, after a resume too"
             )
         bank.reset(batch.reset)
         return bank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -112,15 +113,16 @@ def take_over(
     settings: dict[str, Any] = {"lr": rate, "initial_lr": config.lr}
     if config.name == "adamw":
         settings["betas"] = config.betas
-    values, groups = {}, []
+    values: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    number = count(0)
     for saved, group in zip(state["param_groups"], live, strict=True):
         options = {key: value for key, value in group.items() if key != "params"}
-        first = sum(len(done["params"]) for done in groups)
-        members = [*range(first, first + len(group["params"]))]
+        members = [next(number) for _ in group["params"]]
         groups.append({**saved, **settings, **options, "params": members})
-        for number, (name, _) in zip(members, group["params"], strict=True):
+        for member, (name, _) in zip(members, group["params"], strict=True):
             if name in known:
-                values[number] = known[name]
+                values[member] = known[name]
     checkpoint["optimizer_states"] = [{"state": values, "param_groups": groups}]
     rates = {"base_lrs": [config.lr] * len(groups), "_last_lr": [rate] * len(groups)}
     checkpoint["lr_schedulers"] = [{**schedule, **rates}]

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..errors import UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, Transformer
 from . import checkpoints
-from .checkpoints import FOLDER_KEY
+from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
 from .export import TOKENIZER_KEY, is_packed
 from .rank_state import load_gradients, load_random_state, load_rows, rows_of
 from .sharded import is_sharded, like
@@ -100,6 +101,39 @@ def check_resumable(checkpoint: dict[str, Any], datamodule: Any) -> None:
 
 
 def restore_rank(
+    origin: dict[str, Any],
+    rank: int,
+    world_size: int,
+    net: Transformer,
+    device: torch.device | str | None = None,
+) -> tuple[MemoryBank | None, bool]:
+    """Put back what a rank owns: the memory of its rows, its gradients, its random states.
+
+    Args:
+        origin: ``path`` and ``manifest`` of the checkpoint, as ``FOLDER_KEY`` holds them.
+        rank: this rank.
+        world_size: ranks now.
+        net: the network.
+        device: where the bank lives.
+
+    Returns:
+        the bank of this rank's rows, or None where none had been read; whether there were
+        gradients.
+
+    Raises:
+        UserError: where a part is damaged, or the rows cannot be shared out evenly.
+    """
+    folder, manifest = Path(origin["path"]), origin["manifest"]
+    try:
+        bank = restore_rows(
+            folder, manifest, rank, world_size, lambda rows: net.new_memory(rows, device)
+        )
+        return bank, restore_gradients(folder, manifest, rank, world_size, net)
+    except DamagedCheckpoint as error:
+        raise explain_damage(folder, error) from error
+
+
+def restore_rows(
     folder: Path,
     manifest: dict[str, Any],
     rank: int,

@@ -63,7 +63,9 @@ class ShardedStrategy(ModelParallelStrategy):
         config = getattr(model, "optimizer_config", None)
         fitting = model.trainer.state.fn == TrainerFn.FITTING
         if fitting and config is not None and config.name == "adafactor":
-            remedy = "does not work with trainer.strategy=sharded; set adamw, or trainer.strategy=ddp"
+            remedy = (
+                "does not work with trainer.strategy=sharded; set adamw, or trainer.strategy=ddp"
+            )
             raise ConfigError("model.optimizer.name", config.name, remedy)
 
     @property
@@ -138,6 +140,13 @@ def shard(net: Transformer, mesh: DeviceMesh) -> None:
 def is_sharded(net: Transformer) -> bool:
     """Whether a forward pass is a collective, for which all ranks must meet."""
     return any(isinstance(parameter, DTensor) for parameter in net.parameters())
+
+
+def gathered_gradients(net: Transformer, rank: int) -> dict[str, Tensor]:
+    """By parameter its gradient; if sharded, gathered on rank 0 alone (a collective)."""
+    named = net.named_parameters()
+    found = {name: whole(p.grad) for name, p in named if p.grad is not None}
+    return found if rank == 0 or not is_sharded(net) else {}
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:

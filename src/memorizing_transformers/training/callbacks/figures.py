@@ -155,7 +155,9 @@ class LossByPosition(Callback):
         if not self._active:
             return
         self._bank = None
-        sums = trainer.strategy.reduce(self._sums.sums.to(fp64_device(pl_module.device)), reduce_op="sum")
+        sums = trainer.strategy.reduce(
+            self._sums.sums.to(fp64_device(pl_module.device)), reduce_op="sum"
+        )
         self._sums.sums = sums.cpu()
         if not self._sums.sums[0].any():
             return
