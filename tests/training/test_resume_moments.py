@@ -86,6 +86,19 @@ def test_accumulated_gradients_are_part_of_a_checkpoint(
         assert rest == losses[batches:]
 
 
+def test_gradients_wait_only_between_two_optimiser_steps(texts: Path) -> None:
+    seen: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            seen.append(bool(module.accumulated_gradients()))
+
+    options = {**QUIET, "limit_val_batches": 0, "val_check_interval": None, "max_steps": 3}
+    trainer = MemoryTrainer(callbacks=[Look()], accumulate_grad_batches=3, **options)
+    trainer.fit(make_module(), datamodule=make_data(texts))
+    assert seen == [True, True, False] * 3
+
+
 def write_parts(folder: Path, gradients: list[dict[str, Tensor]]) -> None:
     folder.mkdir(exist_ok=True)
     for rank, held in enumerate(gradients):
@@ -116,6 +129,11 @@ def test_other_ranks_take_the_mean_of_what_was_accumulated(
         assert restore_gradients(*place)
         assert torch.equal(net.weight.grad, expected), (name, rank, ranks)
         assert net.bias.grad is None
+    # Sharded ranks have no gradient of their own: each takes a shard of the mean.
+    with monkeypatch.context() as patch:
+        patch.setattr("memorizing_transformers.training.resume.is_sharded", lambda _: True)
+        assert restore_gradients(tmp_path / "two", {"world_size": 2}, 1, 2, net)  # type: ignore[arg-type]
+        assert torch.equal(net.weight.grad, mean)
     net.zero_grad()
     assert not restore_gradients(tmp_path / "none", {"world_size": 2}, 0, 2, net)  # type: ignore[arg-type]
     assert net.weight.grad is None

@@ -156,6 +156,7 @@ def test_rates_after_a_resume_are_those_of_the_new_schedule_from_its_first_step(
     unbroken = Fit(texts, tmp_path / "unbroken", 8, optimizer=new)
     assert rest.start.rates == unbroken.start.rates[3:]
     assert [group["weight_decay"] for group in rest.optimizer.param_groups] == [0.3, 0.0]
+    assert {group["initial_lr"] for group in rest.optimizer.param_groups} == {0.4}
     # And so they stay: a third run with the same settings goes on with them.
     third = Fit(texts, tmp_path / "third", 8, rest.checkpoint(6), optimizer=new)
     assert third.losses.values == rest.losses.values[3:]
