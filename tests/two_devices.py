@@ -143,7 +143,7 @@ def two_devices(kind: str = "xpu") -> Iterator[TwoDevices]:
     with pytest.MonkeyPatch.context() as patch, _FromData(), TwoDevices(kind) as devices:
         patch.setattr(torch, "autocast", autocast)
         if kind == "mps":
-            patch.setattr(batch, "WITHOUT_FP64", {AWAY.type}, raising=False)
+            patch.setattr(batch, "WITHOUT_FP64", {AWAY.type})
         yield devices
 
 

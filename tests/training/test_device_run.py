@@ -16,7 +16,6 @@ from small import SEGMENT, Losses, make_data, make_module, scalars
 from two_devices import AWAY, CPU, send_away, two_devices
 
 from memorizing_transformers.analysis.trace import read_document
-from memorizing_transformers.data import batch
 from memorizing_transformers.training import report
 from memorizing_transformers.training.callbacks import PredictionWriter
 from memorizing_transformers.training.export import load_model
@@ -63,9 +62,6 @@ CASES = [
     pytest.param(
         "mps",
         EVERYTHING,
-        marks=pytest.mark.skipif(
-            not hasattr(batch, "WITHOUT_FP64"), reason="metrics need fp64 on the device"
-        ),
         id="mps",
     ),
     pytest.param("xpu", {"search": "bucketed", "size": 256}, marks=pytest.mark.slow, id="bucketed"),

@@ -69,7 +69,8 @@ def batch_of(ids: Tensor, number: int) -> Batch:
         reset=start == 0,
         document=torch.zeros_like(start),
         position=start,
-        num_bytes=torch.full_like(start, SEGMENT).double(),
+        text_bytes=torch.full_like(start, SEGMENT),
+        text_tokens=torch.full_like(start, SEGMENT),
     )
 
 

@@ -109,7 +109,8 @@ class MemoryCLI(LightningCLI):
         options["ckpt_path"] = resolve_checkpoint(
             options.get("ckpt_path"), root_folder(options.trainer)
         )
-        if self.config.subcommand != "fit" and options["ckpt_path"] is None:
+        given = options["ckpt_path"] or options.model.init_from
+        if self.config.subcommand != "fit" and given is None:
             rank_zero_warn("ckpt_path: none given, so the weights are untrained; try 'last'")
 
     def _set_seed(self) -> None:

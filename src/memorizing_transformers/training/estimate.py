@@ -169,7 +169,10 @@ def estimate(
     tokens = rows * segment
 
     parameters = count_parameters(config, vocab)
-    dense = parameters - config.num_layers * (2 * config.d_model) - config.d_model
+    kernels = config.d_model * (2 * (heads + groups) * width + 2 * config.ff_width)
+    dense = layers * kernels + vocab * config.d_model
+    if memory.combine == "content":
+        dense += memory_layers * config.d_model * heads
     local = 4 * rows * heads * local_pairs(segment, config.xl_cache) * width * layers
     scored = 2 * tokens * heads * memory.size * width * memory_layers
     retrieved = 4 * tokens * heads * memory.top_k * width * memory_layers

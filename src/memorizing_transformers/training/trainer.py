@@ -140,7 +140,9 @@ class MemoryTrainer(Trainer):
         part = self._part() if self._part is not None and self._moment == moment else None
         if part is None:
             self.writer.wait()
-            part = RankPart(self.global_rank, bank, keep)
+            module: Any = self.lightning_module
+            gradients = module.accumulated_gradients()
+            part = RankPart(self.global_rank, bank, keep, gradients)
             self._moment, self._part = moment, weakref.ref(part)
         return part
 

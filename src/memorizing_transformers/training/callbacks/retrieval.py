@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.batch import Batch
+from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank, Neighbours
 from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
@@ -35,7 +35,7 @@ def retrieved_ages(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Ten
     row = torch.arange(retrieval.slots.shape[0], device=retrieval.slots.device)
     row = row[:, None, None, None].expand_as(retrieval.slots)[retrieval.valid]
     slots = retrieval.slots[retrieval.valid]
-    return step - memory.steps[row, slots].double(), memory.age()[row, slots].double() + 1
+    return step - in_fp64(memory.steps[row, slots]), in_fp64(memory.age()[row, slots]) + 1
 
 
 def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...data.batch import Batch
+from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Transformer
 from ..sharded import is_sharded
@@ -58,7 +58,7 @@ def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> d
     return {
         "key_cosine": torch.cosine_similarity(stored, new, dim=-1).mean().item(),
         "key_norm_ratio": norms.mean().item(),
-        "sample_step": memory.steps[row, slots].double().mean().item(),
+        "sample_step": in_fp64(memory.steps[row, slots]).mean().item(),
     }
 
 
@@ -80,7 +80,7 @@ class StalenessLogging(Observer):
             valid = memory.valid()
             if not valid.any():
                 continue
-            stored = (step - memory.steps[valid].double()).mean()
+            stored = (step - in_fp64(memory.steps[valid])).mean()
             scalars[f"memory/stored_age_steps/{name}"] = stored.item()
             drift = self._drift(bank, layer, batch.input_ids.shape[1])
             if drift:
