@@ -197,7 +197,7 @@ def main() -> None:
         MemoryCLI()
     except Interrupted as stop:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print(stop.line, file=sys.stderr)
+            print(stop, file=sys.stderr)
         raise
     except KeyboardInterrupt:
         print("stopped by SIGINT before the first step; nothing is lost", file=sys.stderr)

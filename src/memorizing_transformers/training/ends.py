@@ -205,7 +205,7 @@ def kept_by(trainer: Any) -> set[str]:
 def what_ended(trainer: Any) -> str:
     """What ended a training run that came to its end."""
     loop = trainer.fit_loop
-    if not trainer.begun and not trainer.num_training_batches:
+    if 0 in (trainer.limit_train_batches, trainer.num_training_batches):
         return "there were no training batches"
     if 0 <= trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps = {trainer.max_steps} reached"
@@ -213,7 +213,7 @@ def what_ended(trainer: Any) -> str:
         left = callback.time_remaining() if isinstance(callback, Timer) else None
         if left is not None and left <= 0:
             return "the time was up"
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             return f"EarlyStopping by {callback.monitor}"
     if 0 <= loop.max_epochs <= loop.epoch_progress.current.processed:
         return f"trainer.max_epochs = {loop.max_epochs} reached"

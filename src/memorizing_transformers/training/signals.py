@@ -19,13 +19,16 @@ class Interrupted(SIGTERMException):
 
     Args:
         number: the signal.
-        line: what to tell the user.
+        line: what to tell the user; RunEnd fills it where a run has taken steps.
     """
 
     def __init__(self, number: int, line: str = "") -> None:
         super().__init__(128 + number)
         self.name = signal.Signals(number).name
-        self.line = line or f"stopped by {self.name} before the first step; nothing is lost"
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line or f"stopped by {self.name} before the first step; nothing is lost"
 
 
 class StopSignals:
