@@ -283,8 +283,11 @@ TWO = [{"save_last": True}, {"save_last": True, "monitor": "val/loss"}]
         pytest.param(
             2,
             TWO,
-            ["--trainer.max_epochs", 1, "--trainer.max_steps", -1, "--trainer.limit_train_batches"]
-            + [3, "--trainer.limit_val_batches", 0, "--model.optimizer.total_steps", 9],
+            [
+                *("--trainer.max_epochs", 1, "--trainer.max_steps", -1),
+                *("--trainer.limit_train_batches", 3, "--trainer.limit_val_batches", 0),
+                *("--model.optimizer.total_steps", 9),
+            ],
             marks=pytest.mark.slow,
         ),
         pytest.param(

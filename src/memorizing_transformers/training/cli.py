@@ -34,7 +34,7 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config beside a training run and tells its loggers the settings; other
+    """Saves the resolved config with a training run and tells its loggers the settings; other
     commands leave both alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -134,7 +134,7 @@ class MemoryCLI(LightningCLI):
             raise ConfigError("seed_everything", seed, "must lie in [0, 2**32)") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to the run's folder; a resumed run goes on in the folder of its checkpoint."""
+        """Log to the run's folder; a resumed run continues in the folder of its checkpoint."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         root = root_folder(config["trainer"])
         if config["trainer"]["accumulate_grad_batches"] < 1:
