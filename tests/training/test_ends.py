@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -370,3 +371,42 @@ def test_the_end_of_another_run_is_not_overwritten(texts: Path, tmp_path: Path) 
     trainer = trainer_of(tmp_path, max_steps=5)
     trainer.fit(make_module(), datamodule=make_data(texts), ckpt_path=candidates(tmp_path)[0])
     assert steps_in(tmp_path) == [5, 3]
+
+
+@pytest.mark.parametrize("clock", [1, -1])
+def test_who_goes_back_finds_the_new_steps_not_the_abandoned_ones(
+    clock: int, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the clock of the machine was set back meanwhile."""
+    start = time.time_ns()
+    moments = iter(range(start, start + clock * 10**6, clock))
+    monkeypatch.setattr("time.time_ns", lambda: next(moments))
+    for steps, resume in ((8, None), (6, "step=4.ckpt")):
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+        trainer = trainer_of(tmp_path, keep=keep, max_steps=steps)
+        path = tmp_path / resume if resume else None
+        trainer.fit(make_module(), datamodule=make_data(texts), ckpt_path=path)
+    assert steps_in(tmp_path)[0] == 6
+    assert sorted(steps_in(tmp_path)) == [4, 6, 8]
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(texts: Path, tmp_path: Path) -> None:
+    def twice(trainer: Any) -> None:
+        send(signal.SIGINT)(trainer)
+        send(signal.SIGINT)(trainer)
+        raise AssertionError("not reached")
+
+    trainer = trainer_of(tmp_path, At("on_before_optimizer_step", 2, twice))
+    with pytest.raises(Interrupted) as end:
+        trainer.fit(make_module(), datamodule=make_data(texts))
+    assert end.value.code == 130
+    assert "within a step" in str(end.value)
+    assert not candidates(tmp_path)
+
+
+def test_a_test_ends_by_a_signal_too(texts: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, At("on_test_batch_start", 0, send(signal.SIGTERM)))
+    with pytest.raises(Interrupted) as end:
+        trainer.test(make_module(), datamodule=make_data(texts), verbose=False)
+    assert end.value.code == 143
+    assert not candidates(tmp_path)
