@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
 from small import Losses, assert_alike, command, make_data, make_module, state
 from test_resume import QUIET
 
+from memorizing_transformers.training import checkpoints
 from memorizing_transformers.training.checkpoints import candidates, read_manifest, verify
 from memorizing_transformers.training.ends import end_line
 from memorizing_transformers.training.module import MemorizingLM
@@ -126,11 +127,11 @@ def test_what_follows_an_end_is_what_would_have_followed(
 def test_a_stop_that_min_steps_forbids_saves_nothing_before_the_end(
     texts: Path, tmp_path: Path
 ) -> None:
-    options = {"min_steps": 6, "limit_train_batches": 8}
+    options = {"min_steps": 6, "limit_train_batches": 4}
     trainer = trainer_of(tmp_path, At("on_train_batch_end", 2, stop), **options)
     trainer.fit(make_module(), datamodule=make_data(texts))
-    assert trainer.global_step == 8
-    assert steps_in(tmp_path) == [8]
+    assert trainer.global_step == 6
+    assert steps_in(tmp_path) == [6]
     assert trainer._number == 1
 
 
@@ -296,6 +297,16 @@ RULES: dict[str, list[dict[str, Any]]] = {
         {"enable_version_counter": False, "monitor": "val/loss", "mode": "max", "filename": "x"},
         {"enable_version_counter": False, "every_n_train_steps": 2, "filename": "{step}"},
     ],
+    "one name for both": [
+        {"enable_version_counter": False, "monitor": "val/loss", "filename": "{step}"},
+        {
+            "enable_version_counter": False,
+            "monitor": "val/loss",
+            "filename": "{step}",
+            "mode": "max",
+            "save_top_k": 3,
+        },
+    ],
     "two folders": [{"save_last": True}, {"dirpath": "other", "every_n_train_steps": 3}],
     "link beside another": [
         {"save_last": "link", "monitor": "val/loss"},
@@ -304,36 +315,91 @@ RULES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("background", [True, False])
+def slow_disk(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    mark = checkpoints.mark_done
+
+    def slow(*args: Any) -> None:
+        time.sleep(seconds)
+        mark(*args)
+
+    monkeypatch.setattr(checkpoints, "mark_done", slow)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_whatever_the_rules_nothing_finished_is_lost(
-    name: str, background: bool, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that a callback counts on is there and complete, and the end is there too."""
-    monkeypatch.chdir(tmp_path)
-    rules = []
-    for rule in RULES[name]:
-        settings = dict(rule)
-        if "train_time_interval" in settings:
-            settings["train_time_interval"] = timedelta(**settings["train_time_interval"])
-        rules.append(ModelCheckpoint(**{"dirpath": "checkpoints", **settings}))
-    options = {**VALIDATING, "val_check_interval": 4, "max_steps": 10}
-    trainer = MemoryTrainer(
-        callbacks=rules,
-        background_save=background,
-        **{**QUIET, "num_sanity_val_steps": 0, **options},
-    )
+    """All that a callback counts on is there as it was saved, and the end is there too; saving in
+    the background, on a slow disk, leaves the same."""
+    left = []
+    asked: dict[str, int] = {}
+    written: list[tuple[Any, ...]] = []
+    save, write = MemoryTrainer.save_checkpoint, MemoryTrainer._write
+
+    def noted(self: Any, path: Any, *args: Any) -> None:
+        asked[str(path)] = self.global_step
+        save(self, path, *args)
+
+    def counted(self: Any, target: Path, *args: Any) -> None:
+        written.append((target, args[-1]["step"], args[-1]["weights_only"]))
+        write(self, target, *args)
+
+    monkeypatch.setattr(MemoryTrainer, "save_checkpoint", noted)
+    monkeypatch.setattr(MemoryTrainer, "_write", counted)
+    for background in (False, True):
+        home = tmp_path / str(background)
+        home.mkdir()
+        monkeypatch.chdir(home)
+        asked.clear()
+        written.clear()
+        if background:
+            slow_disk(monkeypatch, 0.05)
+        rules = []
+        for rule in RULES[name]:
+            settings = dict(rule)
+            if "train_time_interval" in settings:
+                settings["train_time_interval"] = timedelta(**settings["train_time_interval"])
+            rules.append(ModelCheckpoint(**{"dirpath": "checkpoints", **settings}))
+        options = {**QUIET, **VALIDATING, "val_check_interval": 4, "max_steps": 10}
+        trainer = MemoryTrainer(callbacks=rules, background_save=background, **options)
+        trainer.fit(make_module(), datamodule=make_data(texts))
+        for rule in rules:
+            for path in filter(None, (*rule.best_k_models, rule.best_model_path)):
+                assert verify(Path(path))["step"] == asked[path]
+        found = {}
+        for path in home.rglob("*.ckpt"):
+            if path.name != "trainer.ckpt":
+                found[str(path.relative_to(home))] = verify(path)["step"]
+        left.append(found)
+        assert max(steps_in(home)) == 10
+        assert len({*written}) == len(written)
+        assert not [path.name for path in home.rglob(".*")]
+    assert left[0] == left[1]
+
+
+def test_a_checkpoint_that_was_removed_is_not_taken_for_the_end(
+    texts: Path, tmp_path: Path
+) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+
+    def drop(trainer: Any) -> None:
+        path, keep.best_model_path = keep.best_model_path, ""
+        trainer.strategy.remove_checkpoint(path)
+
+    trainer = trainer_of(tmp_path, At("on_train_epoch_end", 3, drop), keep=keep, max_steps=3)
     trainer.fit(make_module(), datamodule=make_data(texts))
-    kept = {path for rule in rules for path in (*rule.best_k_models, rule.best_model_path) if path}
-    for path in kept:
-        verify(Path(path))
-    assert max(steps_in(tmp_path)) == 10
-    assert steps_in(tmp_path).count(10) >= 1
-    for path in tmp_path.rglob("*.ckpt"):
-        if path.name != "trainer.ckpt":
-            verify(path)
-    hidden = [path.name for path in tmp_path.rglob(".*")]
-    assert not hidden
+    assert steps_in(tmp_path) == [3]
+
+
+def test_epochs_are_counted_alike_after_a_stop_within_one(texts: Path, tmp_path: Path) -> None:
+    limits = {"limit_train_batches": 6, "max_epochs": 3, "max_steps": -1}
+    stopped = trainer_of(tmp_path, At("on_train_batch_end", 8, stop), **limits)
+    stopped.fit(make_module(), datamodule=make_data(texts))
+    assert steps_in(tmp_path) == [8]
+    resumed = trainer_of(tmp_path, **limits)
+    path = candidates(tmp_path)[0]
+    resumed.fit(make_module(), datamodule=make_data(texts), ckpt_path=path)
+    assert (resumed.global_step, resumed.current_epoch) == (18, 3)
 
 
 def test_a_callback_may_use_a_checkpoint_as_soon_as_it_is_saved(
@@ -359,6 +425,7 @@ def test_a_checkpoint_of_an_exception_survives_a_test(texts: Path, tmp_path: Pat
     verify(tmp_path / "on_exception.ckpt")
     again = trainer_of(tmp_path / "x", OnExceptionCheckpoint(tmp_path), max_steps=3)
     again.test(make_module(), datamodule=make_data(texts), ckpt_path=tmp_path / "on_exception.ckpt")
+    again.writer.wait()
     verify(tmp_path / "on_exception.ckpt")
 
 
@@ -373,17 +440,19 @@ def test_the_end_of_another_run_is_not_overwritten(texts: Path, tmp_path: Path) 
     assert steps_in(tmp_path) == [5, 3]
 
 
+@pytest.mark.parametrize("folder", ["", "other"])
 @pytest.mark.parametrize("clock", [1, -1])
 def test_who_goes_back_finds_the_new_steps_not_the_abandoned_ones(
-    clock: int, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clock: int, folder: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the clock of the machine was set back meanwhile."""
     start = time.time_ns()
     moments = iter(range(start, start + clock * 10**6, clock))
     monkeypatch.setattr("time.time_ns", lambda: next(moments))
     for steps, resume in ((8, None), (6, "step=4.ckpt")):
-        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
-        trainer = trainer_of(tmp_path, keep=keep, max_steps=steps)
+        home = tmp_path / folder if resume else tmp_path
+        keep = ModelCheckpoint(home, "{step}", every_n_train_steps=4, save_top_k=-1)
+        trainer = trainer_of(home, keep=keep, max_steps=steps)
         path = tmp_path / resume if resume else None
         trainer.fit(make_module(), datamodule=make_data(texts), ckpt_path=path)
     assert steps_in(tmp_path)[0] == 6

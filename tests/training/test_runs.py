@@ -54,6 +54,8 @@ def test_a_resumed_run_goes_on_in_its_own_folder(
         assert run_folder(Path("runs"), "fit", path) == run
         assert run_folder(Path("runs"), "fit", str(tmp_path / path)) == run
         assert run_folder(tmp_path / "runs", "fit", path) == tmp_path / run
+        # Also from a folder that a slash in its name has made.
+        assert run_folder(Path("runs"), "fit", f"{path}/val/b.ckpt") == run
         # A test of it is another run.
         assert run_folder(Path("runs"), "test", path) == Path("runs/test/version_0")
 

@@ -225,17 +225,17 @@ def candidates(folder: Path) -> list[Path]:
     found = []
     for path in walk(folder, (MANIFEST,)):
         with contextlib.suppress(DamagedCheckpoint):
-            manifest = read_manifest(path)
-            found.append((written(path, manifest), manifest.get("step", 0), str(path)))
+            step = read_manifest(path).get("step", 0)
+            found.append((written(path), step, str(path)))
     return [Path(path) for _, _, path in sorted(found, reverse=True)]
 
 
-def written(folder: Path, manifest: dict[str, Any]) -> int:
+def written(folder: Path) -> int:
     """When a checkpoint was written, in nanoseconds; it grows from save to save of a run.
 
     Steps do not tell the newest: whoever goes back to an earlier checkpoint abandons later steps.
     """
-    known = manifest.get("written")
+    known = read_manifest(folder).get("written")
     return int(known) if known is not None else (folder / MANIFEST).stat().st_mtime_ns
 
 

@@ -52,8 +52,7 @@ class RunStart(Callback):
                 if folder.is_dir():
                     checkpoints.clean_leftovers(folder)
                     for path in checkpoints.candidates(folder)[:1]:
-                        manifest = checkpoints.read_manifest(path)
-                        newest = max(newest, checkpoints.written(path, manifest))
+                        newest = max(newest, checkpoints.written(path))
         trainer.name_run(newest)
 
     def on_sanity_check_start(self, trainer: Any, pl_module: LightningModule) -> None:

@@ -96,7 +96,7 @@ def _age(checkpoint: Path) -> tuple[Any, ...]:
         for part in checkpoint.parts
         if part.startswith("version_") and part.removeprefix("version_").isdigit()
     ]
-    return written(checkpoint, manifest), numbers, manifest.get("step", 0), str(checkpoint)
+    return written(checkpoint), numbers, manifest.get("step", 0), str(checkpoint)
 
 
 def _of_another_root(checkpoint: Path, root: Path) -> bool:

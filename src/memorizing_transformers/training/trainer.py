@@ -148,10 +148,11 @@ class MemoryTrainer(Trainer):
         self._number, self._saves, self.saved_step = 0, {}, -1
         self._lineage, self._written = self._run_name, newest
         if self.ckpt_path is not None and self.is_global_zero:
-            folder = Path(self.ckpt_path)
-            manifest = checkpoints.read_manifest(folder)
-            self._lineage = manifest.get("run", self._run_name)
-            self._written = max(newest, checkpoints.written(folder, manifest))
+            resumed = Path(self.ckpt_path)
+            self._lineage = checkpoints.read_manifest(resumed).get("run", self._run_name)
+            # What is written from here is newer than the steps that may be abandoned.
+            near = [path for path in resumed.parent.iterdir() if checkpoints.is_complete(path)]
+            self._written = max(newest, *map(checkpoints.written, near))
 
     def note_loops(self) -> None:
         """Note where the loops are."""
