@@ -402,9 +402,11 @@ def test_epochs_are_counted_alike_after_a_stop_within_one(texts: Path, tmp_path:
     assert (resumed.global_step, resumed.current_epoch) == (18, 3)
 
 
-def test_a_callback_may_use_a_checkpoint_as_soon_as_it_is_saved(
-    texts: Path, tmp_path: Path
+def test_a_callback_may_use_what_it_has_just_saved(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    slow_disk(monkeypatch, 0.3)
+
     def copy(trainer: Any) -> None:
         trainer.save_checkpoint(tmp_path / "own.ckpt")
         shutil.copytree(tmp_path / "own.ckpt", tmp_path / "copy.ckpt")
