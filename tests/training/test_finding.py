@@ -53,6 +53,18 @@ def test_last_is_the_one_written_last_over_all_runs(run: Run, tmp_path: Path) ->
     assert resolve_checkpoint("last", tmp_path) == str(newest)
 
 
+def test_a_folder_of_checkpoints_may_be_a_link_and_links_may_run_in_circles(
+    run: Run, tmp_path: Path
+) -> None:
+    put(run, tmp_path / "disk" / "x.ckpt", written=5)
+    (tmp_path / "runs" / "version_0").mkdir(parents=True)
+    (tmp_path / "runs" / "version_0" / "checkpoints").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "up").symlink_to(tmp_path / "runs")
+    (tmp_path / "disk" / "last.ckpt").symlink_to("x.ckpt")
+    found = resolve_checkpoint("last", tmp_path / "runs")
+    assert found == str(tmp_path / "runs" / "version_0" / "checkpoints" / "x.ckpt")
+
+
 def test_runs_of_a_root_below_are_not_ours(run: Run, tmp_path: Path) -> None:
     ours = put(run, tmp_path / "version_0/checkpoints/x.ckpt", written=1)
     theirs = put(run, tmp_path / "other/version_0/checkpoints/x.ckpt", written=2)
