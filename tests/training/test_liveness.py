@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from small import write_config
 
+from memorizing_transformers.training.liveness import Liveness, death
+
 ROOT = Path(__file__).parents[2]
 SILENCE = 8
 """Seconds; none but the stopped rank should be that silent, even where the machine is busy."""
@@ -80,3 +82,46 @@ def test_survivor_names_the_rank_that_is_gone(
                     os.kill(pid, signal.SIGKILL)
             run.wait()
     assert told in (tmp_path / "errors").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (None, None),
+        (0, None),
+        (3, "ended with exit code 3; its own message says why"),
+        (143, "ended with exit code 143; its own message says why"),
+        (-signal.SIGKILL, "was killed by SIGKILL"),
+        (-signal.SIGTERM, "was killed by SIGTERM"),
+    ],
+)
+def test_only_a_failed_end_is_a_death(code: int | None, told: str | None) -> None:
+    assert death(code) == told
+
+
+class Child:
+    """A process that has ended, or not yet."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+@pytest.mark.parametrize(("codes", "dead"), [((0, None), []), ((0, -9), [2]), ((-9, 0), [1])])
+def test_children_that_ended_well_are_left_alone(
+    codes: tuple[int | None, ...], dead: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    liveness = Liveness()
+    liveness._children = [Child(code) for code in codes]
+    told: list[str] = []
+    monkeypatch.setattr(liveness, "_end", told.append)
+    liveness._look_at_children()
+    assert [int(line.split()[1]) for line in told] == dead
+
+
+def test_who_has_ended_is_known_of_children_whatever_their_code() -> None:
+    liveness = Liveness()
+    liveness._children = [Child(0), Child(None), Child(-9)]
+    assert [liveness.has_ended(rank) for rank in range(4)] == [False, True, False, True]

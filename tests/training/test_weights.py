@@ -104,6 +104,7 @@ def new_and_left(text: str) -> dict[str, str]:
     }
 
 
+CONTENT = "layers.1.attention.reader.gate.linear"
 GATE = "layers.1.attention.reader.gate.logit"
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "a memory added": ({"size": 0}, {"gate_init": 0.2}, {"new": GATE}),
@@ -116,12 +117,15 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "another gate": (
         {},
         {"combine": "content"},
-        {"new": "layers.1.attention.gate.weight, layers.1.attention.gate.bias", "left": GATE},
+        {
+            "new": f"{CONTENT}.weight, {CONTENT}.bias",
+            "left": GATE,
+        },
     ),
     "another meaning": (
         {"position_bias": "t5"},
         {"position_bias": "learned-absolute"},
-        {name: f"{GATE}, layers.1.attention.memory_bias.table.weight" for name in ("new", "left")},
+        {name: f"{GATE}, layers.1.attention.reader.bias.table.weight" for name in ("new", "left")},
     ),
 }
 
@@ -152,7 +156,9 @@ def test_many_names_make_one_line(
     caplog.set_level("INFO")
     started(texts, source, layers=[*range(6)], **layers)
     assert "6 weights start as in a new model" in caplog.text
-    assert new_and_left(caplog.text)["new"].endswith("layers.2.attention.reader.gate.logit and 3 more")
+    assert new_and_left(caplog.text)["new"].endswith(
+        "layers.2.attention.reader.gate.logit and 3 more"
+    )
 
 
 @pytest.mark.parametrize("export", [False, True], ids=["checkpoint", "export"])
@@ -238,7 +244,8 @@ def test_the_command_line_retrofits_a_memory_and_resumes_without_the_source(
     code, _, err = command(*given)
     assert code == 0, err
     assert (
-        "model.init_from: 1 weights start as in a new model: layers.1.attention.reader.gate.logit" in caplog.text
+        "model.init_from: 1 weights start as in a new model: layers.1.attention.reader.gate.logit"
+        in caplog.text
     )
     retrofitted = tmp_path / "runs" / "version_1"
     saved = yaml.safe_load((retrofitted / "config.yaml").read_text())

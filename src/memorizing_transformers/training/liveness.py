@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore
 
+from .background import Writer
+
 INTERVAL = 0.5
 """Seconds between two beats."""
 GRACE = 5.0
@@ -71,10 +73,25 @@ class Liveness(Callback):
         for thread in self._threads:
             thread.start()
 
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank has ended or has nothing more to write; False where that is unknown."""
+        child = rank - self._rank - 1
+        if 0 <= child < len(self._children) and self._children[child].poll() is not None:
+            return True
+        store = self._store
+        with contextlib.suppress(RuntimeError):
+            return store is not None and bool(store.add(f"ended/{rank}", 0))
+        return False
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop; rank 0 keeps the store until the others have stopped too."""
         if self._store is None:
             return
+        if isinstance(writer := getattr(trainer, "writer", None), Writer):
+            try:
+                writer.wait()
+            finally:
+                self._store.add(f"ended/{self._rank}", 1)
         self._stopping.set()
         for thread in self._threads:
             thread.join(GRACE)
@@ -89,6 +106,8 @@ class Liveness(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """A collective that failed: wait a moment to see which rank is gone, and name it."""
+        if isinstance(exception, SystemExit):
+            self._stopping.set()  # every rank ends, and none of them is a death
         if self._store is None or not isinstance(exception, RuntimeError):
             return
         deadline = time.monotonic() + GRACE
@@ -99,7 +118,7 @@ class Liveness(Callback):
                 self._end(f"{_ranks(silent)} ended or cannot be reached")
 
     def _silent(self, seconds: float) -> list[int]:
-        """The ranks whose counts have stood still; rank 0 where its store does not answer."""
+        """The ranks whose counts do not move; rank 0 where its store does not answer."""
         now = time.monotonic()
         silent = [rank for rank, beat in self._last_beat.items() if now - beat > seconds]
         return [0] if self._rank in silent else silent
@@ -124,23 +143,27 @@ class Liveness(Callback):
     def _look_at_children(self) -> None:
         for number, child in enumerate(self._children, start=1):
             code = child.poll()
-            if not code:
+            how = death(code)
+            # What ended a child by itself may end this rank too, which then says so.
+            if how is None or (code > 0 and self._stopping.wait(GRACE / 2)):
                 continue
-            if code < 0:
-                how = f"was killed by {signal.Signals(-code).name}"
-            else:
-                how = f"ended with exit code {code}; its own message says why"
-                # What ended it may end this rank too, which then says so itself.
-                if self._stopping.wait(GRACE / 2):
-                    return
             self._end(f"rank {self._rank + number} {how}")
 
     def _end(self, what: str) -> NoReturn:
         """Leave at once: the main thread may wait in a collective that nothing can interrupt."""
-        print(f"error: {what}; go on with --ckpt_path last", file=sys.stderr, flush=True)
+        print(f"error: {what}; resume with --ckpt_path last", file=sys.stderr, flush=True)
         for child in self._children:
             child.kill()
         os._exit(1)
+
+
+def death(code: int | None) -> str | None:
+    """How a process died, by its exit code (None while it lives); None where it did not."""
+    if not code:
+        return None
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}; its own message says why"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -69,7 +69,7 @@ class RunLogger(TensorBoardLogger):
         """Fill the HPARAMS page and lay out CUSTOM SCALARS, at the start of a run.
 
         The page takes its metrics from the last values of the run's own curves, so it is right
-        while the run goes on and after it was killed. It is told of no experiment: then TensorBoard
+        during the run and after it was killed. It is told of no experiment: then TensorBoard
         compares the runs by itself and puts first what differs.
 
         Args:
