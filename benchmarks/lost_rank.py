@@ -29,6 +29,8 @@ FAULTS = ("kill", "raise", "stop", "hang", "slow")
 STEP = 10
 PATIENCE = 90
 """Seconds after which a run is taken to go on for ever."""
+START = 300
+"""Seconds for a run to reach the step."""
 TELLING = re.compile(r"^error: |Error: |Child process|exitcode|^  rank")
 """Lines of the output to print."""
 TRAINING = {
@@ -128,21 +130,23 @@ def trial(options: argparse.Namespace, fault: str, rank: int, launch: str, watch
             stderr=output,
         )
     code, ended, moment = None, 0.0, note / "when"
-    deadline = time.time() + 180
+    deadline = time.time() + START + PATIENCE
     pids: list[int] = []
     while time.time() < deadline and not ended:
         time.sleep(0.05)
         code = run.poll()
         pids = [int(path.name) for path in note.iterdir() if path.name.isdigit()]
-        if moment.exists() and deadline - time.time() > PATIENCE:
-            deadline = time.time() + PATIENCE
+        if moment.exists():
+            deadline = min(deadline, float(moment.read_text() or "inf") + PATIENCE)
         if code is not None and not any(map(alive, pids)):
             ended = time.time()
     for pid in {run.pid, *pids}:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
     run.wait()
-    seconds = f"{ended - float(moment.read_text()):.0f} s" if ended else f"not in {PATIENCE} s"
+    seconds = f"not in {PATIENCE} s" if moment.exists() else "never reached the step"
+    if ended and moment.exists():
+        seconds = f"{ended - float(moment.read_text()):.0f} s"
     text = (note / "output").read_text()
     told = dict.fromkeys(line.strip()[:160] for line in text.splitlines() if TELLING.search(line))
     cells = (watch, launch, str(options.ranks), fault, str(rank), seconds, str(code))

@@ -101,7 +101,7 @@ class Ranks:
         for rank, watcher in enumerate(self.watchers):
             monkeypatch.setattr(watcher, "_end", partial(self._note, rank))
 
-    def _note(self, rank: int, what: str, gone: object) -> None:
+    def _note(self, rank: int, what: str, hanging: object = ()) -> None:
         self.ended.append((rank, what))
         self.watchers[rank]._stopping.set()
 
@@ -190,5 +190,19 @@ def test_a_rank_that_stopped_counting_is_called_silent(
     ranks.watchers[gone]._stopping.set()
     assert wait_until(lambda: bool(ranks.ended), 10)
     assert ranks.ended == [(1 - gone, f"rank {gone} gave no sign of life for 0.5 s")]
+    ranks.leave(1)
+    ranks.leave(0)
+
+
+def test_a_rank_that_an_exception_ends_is_not_interrupted_by_what_that_does_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = Ranks(monkeypatch, timeout=60)
+    child = python("import time; time.sleep(0.3); raise SystemExit(1)")
+    ranks.start(child)
+    ranks.watchers[0].on_exception(ranks.trainer(0), None, ValueError("its own"))  # type: ignore[arg-type]
+    child.wait()
+    time.sleep(0.5)
+    assert ranks.ended == []
     ranks.leave(1)
     ranks.leave(0)

@@ -47,6 +47,8 @@ class Liveness(Callback):
         self._store: TCPStore | None = None
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
+        self._leaving = False
+        """Whether an exception of this rank's own ends it, which says so itself."""
         self._rank = 0
         self._children: list[subprocess.Popen[Any]] = []
         self._parent: tuple[int, int] | None = None
@@ -70,6 +72,7 @@ class Liveness(Callback):
         self._find_parent(trainer.global_rank - trainer.local_rank)
         self._last_beat = dict.fromkeys(range(trainer.world_size), time.monotonic())
         self._stopping.clear()
+        self._leaving = False
         self._threads = [
             threading.Thread(target=target, name="liveness", daemon=True)
             for target in (self._beat, self._watch)
@@ -112,14 +115,17 @@ class Liveness(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """A collective that failed: wait a moment to see which rank is gone, and name it."""
-        if self._store is None or not isinstance(exception, RuntimeError):
+        if self._store is None:
+            return
+        if not isinstance(exception, RuntimeError):
+            self._leaving = True
             return
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             time.sleep(INTERVAL)
             silent = self._silent(4 * INTERVAL)
             if silent:
-                self._end(f"{_ranks(silent)} ended or cannot be reached", silent)
+                self._end(f"{_ranks(silent)} ended or cannot be reached")
 
     def _silent(self, seconds: float) -> list[int]:
         """The ranks whose counts have stood still; rank 0 where its store does not answer."""
@@ -145,7 +151,8 @@ class Liveness(Callback):
         while not self._stopping.wait(INTERVAL):
             silent = self._silent(self.timeout)
             if silent and not self._stopping.is_set():
-                self._end(f"{_ranks(silent)} gave no sign of life for {self.timeout:g} s", silent)
+                what = f"{_ranks(silent)} gave no sign of life for {self.timeout:g} s"
+                self._end(what, hanging=silent)
 
     def _watch_child(self, rank: int, child: subprocess.Popen[Any]) -> None:
         # To wait, not to poll: Lightning's own observer of children, which would kill this process
@@ -156,17 +163,18 @@ class Liveness(Callback):
         else:
             how = f"ended with exit code {code}; its own message says why"
         # What ended it may end this rank too, which then says so itself.
-        if code and not self._stopping.wait(LAST_WORDS if code > 0 else 0):
-            self._end(f"rank {rank} {how}", [rank])
+        patience = LAST_WORDS if code > 0 else 0.0
+        if code and not self._stopping.wait(self.timeout if self._leaving else patience):
+            self._end(f"rank {rank} {how}")
 
-    def _end(self, what: str, gone: Collection[int]) -> None:
+    def _end(self, what: str, hanging: Collection[int] = ()) -> None:
         """Leave at once: the main thread may wait in a collective that nothing can interrupt."""
         print(f"error: {what}; go on with --ckpt_path last", file=sys.stderr, flush=True)
         for child in self._children:
             child.kill()
-        if self._parent is not None and self._parent[0] in gone and os.getppid() == self._parent[1]:
-            # The rank that was started first is what the caller waits for.
-            os.kill(self._parent[1], signal.SIGKILL)
+        if self._parent is not None and self._parent[0] in hanging:
+            if os.getppid() == self._parent[1]:
+                os.kill(self._parent[1], signal.SIGKILL)  # The caller waits for that process.
         os._exit(1)
 
 
