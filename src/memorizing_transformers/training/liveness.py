@@ -51,7 +51,7 @@ class Liveness(Callback):
         """Whether an exception of this rank's own ends it, which says so itself."""
         self._rank = 0
         self._children: list[subprocess.Popen[Any]] = []
-        self._parent: tuple[int, int] | None = None
+        self._parent = (-1, -1)
         """Rank and process id of the rank that started this one, if one did."""
         self._last_beat: dict[int, float] = {}
         """By rank, when its count was last seen to move; infinity once it has finished."""
@@ -91,7 +91,7 @@ class Liveness(Callback):
         assert self._store is not None
         self._store.set(f"process/{self._rank}", str(os.getpid()))
         pid = int(self._store.get(f"process/{first}"))
-        self._parent = (first, pid) if first != self._rank and pid == os.getppid() else None
+        self._parent = (first, pid) if pid == os.getppid() else (-1, -1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop; rank 0 keeps the store until the others have stopped too."""
@@ -172,9 +172,9 @@ class Liveness(Callback):
         print(f"error: {what}; go on with --ckpt_path last", file=sys.stderr, flush=True)
         for child in self._children:
             child.kill()
-        if self._parent is not None and self._parent[0] in hanging:
-            if os.getppid() == self._parent[1]:
-                os.kill(self._parent[1], signal.SIGKILL)  # The caller waits for that process.
+        rank, pid = self._parent
+        if rank in hanging and os.getppid() == pid:
+            os.kill(pid, signal.SIGKILL)  # The caller waits for that process.
         os._exit(1)
 
 
