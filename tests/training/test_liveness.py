@@ -188,7 +188,7 @@ def test_a_rank_that_stopped_counting_is_called_silent(
     ranks.start()
     time.sleep(0.2)
     ranks.watchers[gone]._stopping.set()
-    assert wait_until(lambda: bool(ranks.ended), 10)
+    assert wait_until(lambda: bool(ranks.ended), 4)
     assert ranks.ended == [(1 - gone, f"rank {gone} gave no sign of life for 0.5 s")]
     ranks.leave(1)
     ranks.leave(0)
