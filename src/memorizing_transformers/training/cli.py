@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -112,6 +111,10 @@ class MemoryCLI(LightningCLI):
             self.config = parser.parse_args(configs_first(given, self.subcommands()))
         else:
             super().parse_arguments(parser, args)
+        options = self.config.get(self.config.get("subcommand", ""), self.config)
+        seed = options["seed_everything"]
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigError("seed_everything", seed, "must lie in [0, 2**32)")
 
     def _parse_ckpt_path(self) -> None:
         # The stock method merges a checkpoint's hyper-parameters over the command line, so a test
@@ -126,13 +129,6 @@ class MemoryCLI(LightningCLI):
         weights = options["ckpt_path"] or options.model.init_from
         if self.config.subcommand != "fit" and weights is None:
             rank_zero_warn("ckpt_path: none given, so the weights are untrained; try 'last'")
-
-    def _set_seed(self) -> None:
-        try:
-            super()._set_seed()
-        except ValueError as error:
-            seed = self._get(self.config, "seed_everything")
-            raise ConfigError("seed_everything", seed, "must lie in [0, 2**32)") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to the run's folder; a resumed run continues in the folder of its checkpoint."""
@@ -187,9 +183,8 @@ def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> Me
     here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
     args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
     hush()
-    with patch("sys.argv", sys.argv[:1]):
-        configs = [f"--config={path}" for path in ([paths] if isinstance(paths, str) else paths)]
-        return MemoryCLI(run=False, args=[*configs, *arguments, *args])
+    configs = [f"--config={path}" for path in ([paths] if isinstance(paths, str) else paths)]
+    return MemoryCLI(run=False, args=[*configs, *arguments, *args])
 
 
 def main() -> None:

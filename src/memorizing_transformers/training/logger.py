@@ -84,5 +84,5 @@ class RunLogger(TensorBoardLogger):
             self.log_metrics(metrics, step)
         named = {k: str(v).lower() if isinstance(v, bool) else v for k, v in params.items()}
         _, session, _ = hparams(named, {})
-        self.experiment._get_file_writer().add_summary(session)
-        self.experiment.add_custom_scalars(CHARTS)
+        self.experiment.add_custom_scalars(CHARTS)  # first, since it opens a closed file again
+        self.experiment.file_writer.add_summary(session)

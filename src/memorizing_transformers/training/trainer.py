@@ -75,7 +75,7 @@ class MemoryTrainer(Trainer):
         self,
         *args: Any,
         background_save: bool = True,
-        rank_timeout: float = 120.0,
+        rank_timeout: float = 45.0,
         **kwargs: Any,
     ) -> None:
         if rank_timeout <= 0:

@@ -97,7 +97,8 @@ class KernelChoice(NamedTuple):
 
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_tile"))
 
 
 @cache
