@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all lint format type bench torture clean
+.PHONY: help venv quickstart test test-all lint format type bench torture lines all-keys clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ bench: .venv/.dev ## Measure the searches and whole training steps (half an hour
 
 torture: .venv/.dev ## Kill 50 runs at random moments, resume each, compare bit by bit (minutes)
 	$(BIN)/python benchmarks/torture.py
+
+lines: ## Count the lines of code of each room
+	@$(PYTHON) tools/lines.py
+
+all-keys: .venv/.dev ## Write configs/all-keys.yaml again, after a key or its help changed
+	$(BIN)/python tools/all_keys.py
 
 clean: ## Remove caches; .venv, runs/ and data/ stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build

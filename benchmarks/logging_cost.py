@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import tempfile
 import time
 import warnings
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 from lightning.pytorch import Callback
 from measure import circumstances
@@ -58,8 +56,7 @@ def build(args: argparse.Namespace, folder: str, more: float) -> tuple[MemoryCLI
         "default_root_dir": folder,
     }
     given = [f"--trainer.{key}={value}" for key, value in options.items()]
-    with patch("sys.argv", sys.argv[:1]):
-        cli = MemoryCLI(run=False, args=["--config", args.config, *given])
+    cli = MemoryCLI(run=False, args=["--config", args.config, *given])
     module, trainer, clock = cli.model, cli.trainer, Clock(args.warm_up)
     trainer.loggers = [RunLogger(folder)] if more else []
     for name in ("staleness_every_n_steps", "inspect_every_n_steps"):

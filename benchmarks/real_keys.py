@@ -67,8 +67,8 @@ def main() -> None:
     for ids in tokens.split(segment, dim=1):
         output = net(ids, bank)
         bank.commit(output.pairs)
-        keys.append(output.pairs[layer][0])
-        values.append(output.pairs[layer][1])
+        keys.append(output.pairs.memory[layer][0])
+        values.append(output.pairs.memory[layer][1])
         queries.append(output.retrievals[layer].queries)
     made = {
         "keys": torch.cat(keys, 2)[:, :, : given.slots],

@@ -33,9 +33,11 @@ from memorizing_transformers.memory import (
     Search,
     make_search,
 )
-from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for
+from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for, rescored
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.host import apart
+from memorizing_transformers.memory.search.policy import KERNELS, SPARE
+from memorizing_transformers.memory.search.scan import SCORE_BYTES
 
 Dealing = Callable[[Tensor, int, int], Tensor]
 """From slots, buckets L and slots M in all to the slots' buckets."""
@@ -81,8 +83,11 @@ def on_device(
     target: float, fused: bool, queries: Tensor, memory: Memory, top_k: int
 ) -> Neighbours:
     """The bucketed search as it runs on a GPU, by the Triton kernel or without it."""
-    buckets, search = apart(num_buckets_for(top_k, target)), BucketedSearch(target)
-    return (search._fused if fused else search._plain)(queries, memory, top_k, buckets)
+    buckets = apart(max(top_k, num_buckets_for(top_k, target)))
+    spare = top_k // SPARE if fused else 0
+    kernel = KERNELS["triton" if fused else "torch"]
+    found = kernel.run(queries, memory, top_k + spare, buckets, SCORE_BYTES)
+    return rescored(queries, memory, found, top_k) if kernel.rough else found
 
 
 def measure(keys: Tensor, queries: Tensor, top_k: int, targets: list[float]) -> dict[str, Any]:

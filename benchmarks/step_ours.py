@@ -45,8 +45,8 @@ class Ours:
         self.tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype("int64"))
         torch.manual_seed(0)
         self.net = Transformer(config(shape.TRAINING_SLOTS))
-        self.attention = self.net.layers[shape.MEMORY_LAYER].attention
-        self.attention.search = make_search("auto")
+        self.reader = self.net.readers()[shape.MEMORY_LAYER]
+        self.reader.search = make_search("auto")
 
     def segment(self, start: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (rows, N)."""
@@ -113,7 +113,7 @@ class Ours:
         position = iter(range(start, self.tokens.shape[1] - shape.SEGMENT, shape.SEGMENT))
 
         def step() -> float:
-            self.attention.search = search
+            self.reader.search = search
             here = next(position)
             begun = self.clock()
             self.update(bank, here, self.optimizer, bf16)
@@ -125,7 +125,7 @@ class Ours:
     def recall(self, slots: int, name: str, start: int) -> float:
         """Share of the true neighbours that a search finds for the next segment's queries."""
         bank, search = self.full_bank(slots), make_search(name)
-        self.attention.search = search
+        self.reader.search = search
         _, output = self.read(bank, start)
         queries = output.retrievals[shape.MEMORY_LAYER].queries
         queries = queries.reshape(shape.ROWS, 1, -1, shape.HEAD_WIDTH)
@@ -144,7 +144,7 @@ class Ours:
             ("exact", "exact", False),
             ("bf16-mixed", "exact", True),
         ):
-            self.attention.search = make_search(search)
+            self.reader.search = make_search(search)
             loss, _ = self.read(self.full_bank(slots), start, bf16)
             made = torch.autograd.grad(loss, list(self.net.parameters()))
             losses[name], gradients[name] = loss.item(), torch.cat([x.flatten() for x in made])

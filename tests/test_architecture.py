@@ -118,7 +118,7 @@ def test_the_entry_point_is_short() -> None:
 def test_imports_are_resolved_as_python_does() -> None:
     """The tests above see relative, absolute and nested imports alike."""
     found = set(imports(SOURCE / "memory" / "search" / "reference.py"))
-    assert {"torch", f"{PACKAGE}.memory.ring", f"{PACKAGE}.memory.search"} <= found
+    assert {"torch", f"{PACKAGE}.memory.ring", f"{PACKAGE}.memory.search.protocol"} <= found
     nested = set(imports(SOURCE / "memory" / "search" / "__init__.py"))
-    assert f"{PACKAGE}.memory.search.reference" in nested
+    assert f"{PACKAGE}.memory.search.indexes" in nested
     assert "data" in insiders(SOURCE / "hub.py")

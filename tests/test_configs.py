@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from memorizing_transformers.training.optimizers import make_optimizer, make_sch
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "ablations")
 """All but plans, which tests/analysis/test_ablation_plan.py builds."""
+ALL_KEYS = ROOT / "configs" / "all-keys.yaml"
+RUNS = [path for path in CONFIGS if path != ALL_KEYS]
+CHANGES = [path for path in CONFIGS if "config" in yaml.safe_load(path.read_text())]
+"""Configs that name the config that they change."""
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 T5_SMALL_VOCABULARY = 32_100
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32"]
@@ -52,8 +57,8 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT / "configs").with_suffix("").as_posix()
 
 
-def build(path: Path) -> MemoryCLI:
-    return MemoryCLI(args=["--config", str(path), *ON_THIS_MACHINE], run=False)
+def build(path: Path, *keys: str) -> MemoryCLI:
+    return MemoryCLI(args=["--config", str(path), *ON_THIS_MACHINE, *keys], run=False)
 
 
 def network(cli: MemoryCLI) -> Transformer:
@@ -62,51 +67,95 @@ def network(cli: MemoryCLI) -> Transformer:
     return Transformer(cli.model.config)
 
 
+class ParseOnly(MemoryCLI):
+    """Takes a config apart and stops there."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def settings(*paths: Path) -> dict[str, Any]:
+    """Every value of a config by its dotted key, defaults too."""
+    args = [f"--config={path}" for path in paths]
+    found = vars(ParseOnly(args=args, run=False).config.as_flat())
+    return {key: value for key, value in found.items() if key != "config"}
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
-        return {prefix: tree}
+        return {prefix[1:]: tree}
     return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}").items()}
 
 
-def differences(one: str, other: str) -> set[str]:
-    a, b = (flat(yaml.safe_load((ROOT / "configs" / f).read_text())) for f in (one, other))
-    return {key.removeprefix(".") for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+def differences(one: Path, other: Path) -> set[str]:
+    a, b = settings(one), settings(other)
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_config_builds_model_data_and_optimizer(path: Path) -> None:
-    cli = build(path)
+    # The keys of the project alone set no end of training.
+    cli = build(path, *(["--trainer.max_steps=10"] if path == ALL_KEYS else []))
     model = network(cli)
     optimizer = make_optimizer(model, cli.model.optimizer_config)
     make_schedule(optimizer, cli.model.optimizer_config, cli.trainer.max_steps)
     assert cli.datamodule.batch_rows > 0
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_header_names_the_command(path: Path) -> None:
-    header = path.read_text().split("\n\n")[0]
-    comments = [line for line in header.splitlines() if line.startswith("#")]
+    header = [*takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())]
     command = f"python train.py fit --config {path.relative_to(ROOT).as_posix()}"
-    assert any(command in line for line in comments)
+    assert f"#   {command}" in header
+    assert any("cores" in line for line in header)
+    assert any("perplexity" in line.lower() for line in header)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_run_folder_is_named_after_the_config(path: Path) -> None:
-    root = yaml.safe_load(path.read_text())["trainer"]["default_root_dir"]
-    assert root == f"runs/{name_of(path)}"
+    assert settings(path)["trainer.default_root_dir"] == f"runs/{name_of(path)}"
+
+
+@pytest.mark.parametrize("path", CHANGES, ids=name_of)
+def test_a_change_says_what_it_changes_and_repeats_nothing(path: Path) -> None:
+    given = yaml.safe_load(path.read_text())
+    base = path.parent / given.pop("config")
+    assert differences(base, path) <= given.keys()
+    said = flat(yaml.safe_load(base.read_text()))
+    assert not [key for key, value in given.items() if said.get(key) == value]
+
+
+def test_all_keys_are_given_with_their_defaults() -> None:
+    given = flat(yaml.safe_load(ALL_KEYS.read_text()))
+    assert settings(ALL_KEYS) == settings()
+    own = {key for key in settings() if key.split(".")[0] != "trainer"}
+    assert given.keys() >= own
+    assert {"trainer.background_save", "trainer.rank_timeout"} <= given.keys()
+
+
+def test_configs_that_share_most_lines_name_one_another() -> None:
+    complete = [path for path in RUNS if path not in CHANGES]
+    for one, other in combinations(complete, 2):
+        a, b = (
+            {line for line in path.read_text().splitlines() if line.lstrip()[:1] != "#"}
+            for path in (one, other)
+        )
+        assert len(a & b) < min(len(a), len(b)) / 2, (one, other)
 
 
 def test_control_differs_from_the_quickstart_in_its_memory_alone() -> None:
+    control = ROOT / "configs" / "no_memory.yaml"
     allowed = {"model.memory.layers", "trainer.default_root_dir"}
-    assert differences("quickstart.yaml", "no_memory.yaml") == allowed
-    assert build(ROOT / "configs" / "no_memory.yaml").model.config.memory_layers == ()
+    assert differences(ROOT / "configs" / "quickstart.yaml", control) == allowed
+    assert build(control).model.config.memory_layers == ()
 
 
 def test_ddp_is_the_quickstart_on_two_processes() -> None:
+    ddp = ROOT / "configs" / "ddp.yaml"
     allowed = {"trainer.devices", "trainer.strategy", "trainer.default_root_dir"}
-    assert differences("quickstart.yaml", "ddp.yaml") == allowed
-    config = yaml.safe_load((ROOT / "configs" / "ddp.yaml").read_text())
-    assert config["data"]["batch_rows"] % config["trainer"]["devices"] == 0
+    assert differences(ROOT / "configs" / "quickstart.yaml", ddp) == allowed
+    found = settings(ddp)
+    assert int(found["data.batch_rows"]) % int(found["trainer.devices"]) == 0
 
 
 def test_there_is_one_paper_config_per_row_of_table_4() -> None:

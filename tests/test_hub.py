@@ -127,7 +127,9 @@ def test_a_replaced_setting_is_saved(folder: Path) -> None:
 
 def test_weights_that_are_missing_are_told_and_not_invented(folder: Path) -> None:
     """``strict=False`` is for those who want to add a part and train it."""
-    with pytest.raises(ConfigError, match=r"do not fit the settings .*layers.0.attention.gate"):
+    with pytest.raises(
+        ConfigError, match=r"do not fit the settings .*layers.0.attention.reader.gate.linear"
+    ):
         MemorizingTransformer.from_pretrained(folder, memory={"layers": [0, 1]})
     model = MemorizingTransformer.from_pretrained(folder, memory={"layers": [0, 1]}, strict=False)
     assert model.config.memory_layers == (0, 1)

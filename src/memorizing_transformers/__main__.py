@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from .failures import run, take_debug_flag
 from .parsing import OneLineParser
 
 
-def prepare(config: str) -> None:
+def prepare(config: list[str]) -> None:
     """Tokenise the data of a training config ahead of a run.
 
     Example: python -m memorizing_transformers prepare --config configs/quickstart.yaml
 
     Args:
-        config: the training config.
+        config: training configs; a key of a later one wins.
     """
     from .training.cli import read_config
 
@@ -29,7 +30,7 @@ def prepare(config: str) -> None:
     print("\n".join(data.summary()))
 
 
-def estimate(config: str) -> None:
+def estimate(config: list[str]) -> None:
     """Print what a run will cost: bytes on device and host, FLOPs a step, bytes of a checkpoint.
 
     A cost model of a step with a full memory, over all ranks; nothing is run.
@@ -37,7 +38,7 @@ def estimate(config: str) -> None:
     Example: python -m memorizing_transformers estimate --config configs/quickstart.yaml
 
     Args:
-        config: the training config.
+        config: training configs; a key of a later one wins.
     """
     from .training.cli import read_config
     from .training.estimate import estimate as cost
@@ -164,7 +165,11 @@ def _run_command() -> None:
     for name, command in COMMANDS.items():
         description = (command.__doc__ or "").split("Args:")[0].strip()
         subparser = OneLineParser(description=description)
-        subparser.add_function_arguments(command, as_group=False)
+        repeated = {"config"} & {*signature(command).parameters}
+        for key in repeated:
+            words = "a training config; may be repeated, a key of a later one wins"
+            subparser.add_argument(f"--{key}", action="append", required=True, help=words)
+        subparser.add_function_arguments(command, as_group=False, skip={*repeated})
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
     config = parser.parse_args()
     COMMANDS[config.subcommand](**config[config.subcommand].as_dict())

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from .failures import HELP, fail
 from .messages import setting_of, shorten
@@ -69,12 +69,50 @@ def configs_first(args: Sequence[str], subcommands: Collection[str]) -> list[str
     return [*args[:start], *configs, *others]
 
 
+def check_base(content: str) -> None:
+    """Refuse a config that names its base (``config: FILE``) and would lose some of it.
+
+    The parser first takes the base, then replaces values: a group of the file would drop the rest
+    of the base's group, ``+`` would drop the base's list, and what is above ``config`` is dropped.
+
+    Args:
+        content: YAML.
+
+    Raises:
+        TypeError: naming the key and what would do.
+    """
+    try:
+        given = yaml.safe_load(content)
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
+    if not isinstance(given, dict) or "config" not in given:
+        return
+    first, base = next(iter(given)), given.pop("config")
+    if not isinstance(base, str):
+        raise TypeError(f"config = {base}: must be the path of one file")
+    if first != "config":
+        raise TypeError(f"config = {base}: must be the first key of its file, not below {first}")
+    for key, value in given.items():
+        if isinstance(value, dict) and "class_path" not in value:
+            inner = next(iter(value), "...")
+            raise TypeError(
+                f"{key}: would drop the other values of {base}; give {key}.{inner}: ..."
+            )
+        if key.endswith("+"):
+            raise TypeError(f"{key}: cannot add to {base}; give the complete list as {key[:-1]}")
+
+
 class OneLineParser(ArgumentParser):
     """Prints ``error: ...`` with the nearest known key, and exits with 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A prefix of a key is a mistake, not a short form.
         super().__init__(*args, allow_abbrev=False, epilog=HELP, **kwargs)
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a config, of a file or from the command line."""
+        check_base(content)
+        return super().parse_string(content, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and leave."""

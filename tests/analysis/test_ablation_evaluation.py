@@ -61,11 +61,11 @@ def test_a_model_without_memory_gives_its_weights_to_one_with(saved: Any) -> Non
     plain, target = net(1, layers=[]), net(2)
     with pytest.raises(UserError, match=r"lacks layers\.1\.attention\.gate"):
         load_weights(target, saved(plain), fresh_memory=False)
-    gate = target.layers[1].attention.gate.detach().clone()
+    gate = target.layers[1].attention.reader.gate.logit.detach().clone()
     load_weights(target, saved(plain), fresh_memory=True)
     state = target.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
-    assert torch.equal(state["layers.1.attention.gate"], gate)
+    assert torch.equal(state["layers.1.attention.reader.gate.logit"], gate)
 
 
 def test_gates_are_left_out_where_there_is_no_memory(saved: Any) -> None:

@@ -99,7 +99,7 @@ def test_retrievals_are_the_best_pairs_of_a_memory_kept_by_hand(combine: str) ->
             shares = retrieval.share[0].numpy()
             where = slice(start + 1, start + 1 + len(inputs))
             assert np.allclose(trace.shares[number, :, where], shares)
-            kept[layer].append(output.pairs[layer][0][0])
+            kept[layer].append(output.pairs.memory[layer][0][0])
         bank.commit(output.pairs)
 
 

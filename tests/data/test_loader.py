@@ -40,8 +40,11 @@ def test_shapes_and_types(store) -> None:
         torch.bool,
         torch.int64,
         torch.int64,
-        torch.float64,
+        torch.int64,
+        torch.int64,
     ]
+    assert batch.num_bytes.shape == (4,)
+    assert batch.num_bytes.dtype == torch.float64
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -182,3 +185,21 @@ def test_a_loaded_position_holds_for_one_evaluation(store) -> None:
     assert len(list(evaluation)) == len(evaluation) - 3
     next(iter(evaluation))
     assert len(list(evaluation)) == len(evaluation)
+
+
+@pytest.mark.parametrize("read", [0, 2, 5])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_loader_that_follows_another_resumes_where_that_one_would(
+    store, read: int, loaded: bool
+) -> None:
+    first, second = loader(store, steps=5), loader(store, steps=5)
+    for kept in (first, second):
+        list(islice(kept, read))
+        if loaded:
+            kept.load_state_dict(kept.state_dict())
+    follower = loader(store, steps=5)
+    follower.follow(first)
+    for _ in range(2):
+        ours, theirs = list(follower), list(second)
+        assert len(ours) == len(theirs)
+        assert all(same(*pair) for pair in zip(ours, theirs, strict=True))

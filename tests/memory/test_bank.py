@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 
-from memorizing_transformers.memory import Memory, MemoryBank, XLCache
+from memorizing_transformers.memory import Memory, MemoryBank, SegmentPairs, XLCache, attend
+from memorizing_transformers.memory.search.reference import reference_search
 
 ROWS, HEADS, WIDTH = 2, 2, 3
 
@@ -16,20 +21,22 @@ def make_bank() -> MemoryBank:
     return MemoryBank(ROWS, memories, caches)
 
 
-def segment(length: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [tuple(torch.randn(2, ROWS, HEADS, length, WIDTH)) for _ in range(2)]
+def segment(length: int = 5) -> SegmentPairs:
+    """Other pairs for the memory than for the cache of a layer."""
+    memory, *cache = (tuple(torch.randn(2, ROWS, HEADS, length, WIDTH)) for _ in range(3))
+    return SegmentPairs({1: memory}, dict(enumerate(cache)))
 
 
 def test_commit_writes_each_layer_its_own_pairs() -> None:
     bank, pairs = make_bank(), segment()
     bank.commit(pairs, token_ids=torch.arange(10).view(2, 5), step=3)
-    assert torch.equal(bank.memories[1].keys[:, :, :5], pairs[1][0])
-    assert torch.equal(bank.memories[1].values[:, :, :5], pairs[1][1])
+    assert torch.equal(bank.memories[1].keys[:, :, :5], pairs.memory[1][0])
+    assert torch.equal(bank.memories[1].values[:, :, :5], pairs.memory[1][1])
     assert bank.memories[1].token_ids[:, :5].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert (bank.memories[1].steps[:, :5] == 3).all()
     for layer in range(2):
-        assert torch.equal(bank.caches[layer].keys, pairs[layer][0][:, :, -4:])
-        assert torch.equal(bank.caches[layer].values, pairs[layer][1][:, :, -4:])
+        assert torch.equal(bank.caches[layer].keys, pairs.cache[layer][0][:, :, -4:])
+        assert torch.equal(bank.caches[layer].values, pairs.cache[layer][1][:, :, -4:])
 
 
 def test_commit_leaves_padding_out_of_memory_and_cache() -> None:
@@ -48,8 +55,11 @@ def test_reset_forgets_the_flagged_rows_everywhere() -> None:
 
 
 def test_commit_refuses_another_number_of_rows() -> None:
-    with pytest.raises(ValueError, match="a bank of 2 rows got 1 rows"):
-        make_bank().commit([(k[:1], v[:1]) for k, v in segment()])
+    for kind in ("memory", "cache"):
+        pairs = segment()
+        fewer = {layer: (k[:1], v[:1]) for layer, (k, v) in getattr(pairs, kind).items()}
+        with pytest.raises(ValueError, match="a bank of 2 rows got 1 rows"):
+            make_bank().commit(pairs._replace(**{kind: fewer}))
 
 
 def test_tensors_name_everything_that_is_held() -> None:
@@ -89,3 +99,34 @@ def test_loading_refuses_another_number_of_rows(rows: int) -> None:
     stranger = MemoryBank(rows, {1: Memory(rows, HEADS, 7, WIDTH)})
     with pytest.raises(ValueError, match=f"a bank of 2 rows got {rows} rows"):
         make_bank().load(stranger.tensors())
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
+def test_a_copy_goes_on_by_itself(way: str) -> None:
+    """Equal, independent, and fit to be read with a gradient, though the first one is being so."""
+    bank = make_bank()
+    bank.commit(segment())
+    queries = torch.randn(ROWS, HEADS, 3, WIDTH, requires_grad=True)
+
+    def read(memory: Memory) -> torch.Tensor:
+        return attend(queries, memory, reference_search(queries.detach(), memory, 2)).output
+
+    pending = read(bank.memories[1])
+    if way == "torch.save":
+        file = io.BytesIO()
+        torch.save(bank, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(bank) if way == "deepcopy" else pickle.loads(pickle.dumps(bank))
+    before = {name: tensor.clone() for name, tensor in bank.tensors().items()}
+    for name, tensor in other.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    again = read(other.memories[1])
+    other.commit(segment())
+    other.reset(torch.tensor([True, False]))
+    for name, tensor in bank.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    bank.commit(segment())
+    gradients = [torch.autograd.grad(x.square().sum(), queries)[0] for x in (pending, again)]
+    assert torch.equal(*gradients)

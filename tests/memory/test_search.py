@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import SEARCHES, Memory, Neighbours, Search, make_search
-from memorizing_transformers.memory.search import bucketed, host
+from memorizing_transformers.memory.search import host, policy
 from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.largest import largest
@@ -111,11 +111,11 @@ def test_no_search_finds_what_was_dropped(
     """The dropped keys are the best by far, and the others are found as if they were alone."""
     if way != "at once":
         monkeypatch.setattr(host, "AT_ONCE", 0)
-        monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
+        monkeypatch.setattr(policy, "ROUGH_SLOTS", 0)
     if way == "in int8":
-        monkeypatch.setattr(bucketed, "QUANTIZED_SLOTS", 0)
-        monkeypatch.setattr(bucketed, "QUANTIZED_QUERIES", 0)
-        monkeypatch.setattr(bucketed, "has_fast_int8", lambda: True)
+        monkeypatch.setattr(policy, "QUANTIZED_SLOTS", 0)
+        monkeypatch.setattr(policy, "QUANTIZED_QUERIES", 0)
+        monkeypatch.setattr(policy, "has_fast_int8", lambda: True)
     memory = fill_rows(509, [2000, 300])
     queries = torch.randn(2, HEADS, 63, WIDTH)
     numbers = memory.written[:, None] - 1 - memory.age()
@@ -156,8 +156,8 @@ def recall(found: Neighbours, expected: Neighbours) -> float:
 def test_bucketed_search_reaches_its_recall_and_is_no_exact_search(
     target: float, score_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)  # a CPU searches a small memory exactly
-    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(policy, "ROUGH_SLOTS", 0)  # a CPU searches a small memory exactly
+    monkeypatch.setattr(policy, "has_fast_bfloat16", lambda: False)
     memory = fill_rows(2053, [2053])
     queries = torch.randn(1, HEADS, 128, WIDTH)
     found = BucketedSearch(target, score_bytes)(queries, memory, 32)

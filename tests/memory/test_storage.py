@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import STORAGE_DTYPES, Memory
-from memorizing_transformers.memory.storage import quantize, restore, slot_bytes
+from memorizing_transformers.memory.storage import converted, quantize, restore, slot_bytes
 
 HEADS, WIDTH = 2, 8
 
@@ -74,6 +74,21 @@ def test_loaded_from_another_dtype_it_holds_the_same_pairs_rounded_once(
         assert torch.equal(
             memory.values[row][:, slots % size], expected.values[row][:, slots % size]
         )
+
+
+@pytest.mark.parametrize("name", STORAGE_DTYPES)
+def test_what_is_stored_so_already_is_taken_over_to_the_bit(name: str) -> None:
+    """To quantise again would move one scale in thirty by a unit in its last place."""
+    dtype = STORAGE_DTYPES[name]
+    source, memory = (Memory(2, HEADS, 400, WIDTH, dtype) for _ in range(2))
+    source.write(*torch.randn(2, 2, HEADS, 400, WIDTH) * torch.logspace(-9, 9, 400)[:, None])
+    tensors = source.tensors()
+    same = converted(tensors, dtype)
+    assert same.keys() == tensors.keys()
+    assert all(same[key] is tensor for key, tensor in tensors.items())
+    memory.load(tensors)
+    for key, tensor in memory.tensors().items():
+        assert torch.equal(tensor, tensors[key]), key
 
 
 def test_scales_follow_the_default_dtype_nowhere() -> None:

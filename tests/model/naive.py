@@ -118,9 +118,10 @@ def attention(
                 continue
             share = config.memory.fixed_value
             if config.memory.combine == "gate":
-                share = layer.gate[head].sigmoid()
+                share = layer.reader.gate.logit[head].sigmoid()
             elif config.memory.combine == "content":
-                share = (layer.gate.weight[head] @ x + layer.gate.bias[head]).sigmoid()
+                gate = layer.reader.gate.linear
+                share = (gate.weight[head] @ x + gate.bias[head]).sigmoid()
             far_mean = far_scores.softmax(0) @ far_values
             merged.append(share * far_mean + (1 - share) * (scores.softmax(0) @ near_values))
         outputs.append(layer.output.weight @ torch.cat(merged))
@@ -141,4 +142,4 @@ def memory_bias(
         ]
     else:
         buckets = [since * memory.bias_buckets // memory.size for since in written_since]
-    return layer.memory_bias.table.weight[buckets, head]
+    return layer.reader.bias.table.weight[buckets, head]

@@ -85,7 +85,7 @@ def test_retrieval_reports_what_the_layer_did() -> None:
     assert retrieval.slots.shape == retrieval.weights.shape == (2, 4, 5, 3)
     assert retrieval.valid.all()
     torch.testing.assert_close(retrieval.weights.sum(-1), torch.ones(2, 4, 5))
-    gate = model.layers[1].attention.gate.detach().sigmoid()
+    gate = model.layers[1].attention.reader.gate.logit.detach().sigmoid()
     assert torch.equal(retrieval.share, gate[:, None].expand(2, 4, 5))
     keys = bank.memories[1].keys.repeat_interleave(2, dim=1)
     expected = (retrieval.queries @ keys.transpose(-1, -2))[..., :5].topk(3).indices
@@ -125,7 +125,7 @@ def test_only_queries_scale_gate_and_bias_feel_the_memory(combine: str) -> None:
     attention = model.layers[1].attention
     assert memory.keys.grad is None
     assert memory.values.grad is None
-    felt = [attention.query.weight, attention.scale, *attention.memory_parameters()]
+    felt = [attention.query.weight, attention.scale, *attention.reader.parameters()]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in felt)
 
 
@@ -139,14 +139,15 @@ def test_normalize_gives_unit_length_in_fp32_and_survives_zero() -> None:
 
 
 def test_memory_parameters_are_the_gate_and_the_bias() -> None:
-    for combine, names in {"gate": {"gate"}, "fixed": set(), "joint": set()}.items():
-        attention = small_model(small_config(combine=combine)).layers[1].attention
-        found = {id(parameter) for parameter in attention.memory_parameters()}
-        assert {n for n, p in attention.named_parameters() if id(p) in found} == names
+    for combine, names in {"gate": {"gate.logit"}, "fixed": set(), "joint": set()}.items():
+        model = small_model(small_config(combine=combine))
+        found = {id(parameter) for parameter in model.memory_parameters()}
+        named = {n for n, p in model.named_parameters() if id(p) in found}
+        assert named == {f"layers.1.attention.reader.{name}" for name in names}
     model = small_model(combine="content", position_bias="t5")
     found = {id(parameter) for parameter in model.memory_parameters()}
     assert {n for n, p in model.named_parameters() if id(p) in found} == {
-        "layers.1.attention.gate.weight",
-        "layers.1.attention.gate.bias",
-        "layers.1.attention.memory_bias.table.weight",
+        "layers.1.attention.reader.gate.linear.weight",
+        "layers.1.attention.reader.gate.linear.bias",
+        "layers.1.attention.reader.bias.table.weight",
     }

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import naive
 import pytest
 import torch
 
-from memorizing_transformers.model.bias import LocalBias, MemoryBias, t5_bucket
+from memorizing_transformers.model.bias import (
+    LocalBias,
+    MemoryBias,
+    first_distances,
+    t5_bucket,
+)
 
 FIRSTS = [*range(16), 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
 """The first distance of each of 32 buckets up to 128, as the docstring has them."""
@@ -25,6 +32,42 @@ def test_buckets_of_other_sizes_equal_the_naive_ones(buckets: int, longest: int)
     found = t5_bucket(distances, buckets, longest)
     assert found.tolist() == [min(bucket, buckets - 1) for bucket in expected]
     assert found.max() == buckets - 1
+
+
+@pytest.mark.parametrize("power", [1, 2, 5, 13])
+@pytest.mark.parametrize("buckets", [4, 8, 16, 32, 64])
+def test_every_bucket_begins_exactly_where_whole_numbers_say(buckets: int, power: int) -> None:
+    """Distances that are exact powers stand on a boundary, where a logarithm may fall short."""
+    exact = buckets // 2
+    longest = max(buckets, exact * 2**power)
+
+    def bucket_of(distance: int) -> int:
+        """The most j with (distance / exact)^exact >= (longest / exact)^j, in whole numbers."""
+        if distance < exact:
+            return distance
+        reached = [
+            step
+            for step in range(exact)
+            if distance**exact >= longest**step * exact ** (exact - step)
+        ]
+        return exact + max(reached)
+
+    near = range(2 * buckets)
+    powers = [exact * 2**i + shift for i in range(power + 1) for shift in (-1, 0, 1)]
+    firsts = [first + shift for first in first_distances(buckets, longest) for shift in (-1, 0)]
+    distances = sorted({*near, *powers, *firsts})
+    found = t5_bucket(torch.tensor(distances), buckets, longest).tolist()
+    assert found == [bucket_of(distance) for distance in distances]
+    assert len(set(found)) == len({bucket_of(distance) for distance in distances}) > exact
+
+
+def test_the_bias_is_compiled_as_one_graph() -> None:
+    bias = LocalBias(3, 32, 128)
+    torch.nn.init.normal_(bias.table.weight)
+    compiled = torch.compile(bias, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(5, 9), bias(5, 9))
 
 
 def test_distances_before_the_first_get_bucket_zero() -> None:

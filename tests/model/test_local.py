@@ -107,6 +107,23 @@ def test_values_in_bfloat16_leave_scores_in_fp32() -> None:
         assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
+@pytest.mark.parametrize("with_mass", [False, True], ids=["", "mass"])
+def test_queries_and_keys_in_bfloat16_are_scored_in_fp32(with_mass: bool) -> None:
+    """What they hold is all that is lost: the rest agrees with fp32 to fp32 precision."""
+    q, k, v, near = case(2, 40, 24, 9)
+    q, k = (8 * q).detach().bfloat16(), k.detach().bfloat16()
+    found = local_attention(q, k, v, near, with_mass=with_mass)
+    expected = local_attention(q.float(), k.float(), v, near, with_mass=with_mass)
+    assert torch.equal(found[0], expected[0])
+    doubles = (x.double() for x in (q, k, v, near))
+    output, mass = plainly(*doubles, None)
+    torch.testing.assert_close(found[0].double(), output, atol=2e-5, rtol=2e-5)
+    if with_mass:
+        assert found[1] is not None
+        assert found[1].dtype == torch.float32
+        torch.testing.assert_close(found[1].double(), mass, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("cached", [0, 3])
 def test_the_fused_kernel_gets_the_same_task(cached: int) -> None:
     """What a GPU runs, run here."""

@@ -220,8 +220,12 @@ def test_encoding_gives_the_pairs_of_a_forward_pass() -> None:
     bank = filled(model, random_tokens(2, 20))
     ids = random_tokens(2, SEGMENT, seed=9)
     pairs = model(ids, bank).pairs
-    for ours, theirs in zip(model.encode(ids, bank), pairs[:2], strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    encoded = model.encode(ids, bank)
+    assert (encoded.memory.keys(), encoded.cache.keys()) == ({0, 1}, {0, 1})
+    for kind in ("memory", "cache"):
+        ours, theirs = getattr(encoded, kind), getattr(pairs, kind)
+        for layer in (0, 1):
+            assert all(map(torch.equal, ours[layer], theirs[layer]))
 
 
 @pytest.mark.parametrize("settings", [{}, {"xl_cache": 5}, {"num_layers": 3, "layers": [1, 2]}])
@@ -239,6 +243,29 @@ def test_drift_is_that_of_the_oldest_whole_segment(size: int, settings: dict) ->
     memory.keys[1, :, turned] *= -1
     cosine, _ = oldest_drift(model.encode, bank, SEGMENT)
     torch.testing.assert_close(cosine, torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize("xl_cache", [0, 5])
+@pytest.mark.parametrize("held", [0, 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT - 1])
+def test_a_segment_that_was_only_begun_is_not_judged(held: int, xl_cache: int) -> None:
+    """Whatever its keys are: one that is whole is, be there a begun one behind it or not."""
+    model = small_model(size=40, xl_cache=xl_cache).eval()
+    bank = model.new_memory(2)
+    with torch.no_grad():
+        for number, ids in enumerate(random_tokens(2, 10).split(SEGMENT, 1)):
+            real = torch.tensor([held, 2 * SEGMENT])[:, None]
+            mask = torch.arange(SEGMENT) + number * SEGMENT < real
+            bank.commit(model(ids, bank).pairs, mask, ids)
+    memory = bank.memories[1]
+    memory.keys[0, :, SEGMENT * (held // SEGMENT) :] *= -1
+    for turned in (1.0, -1.0):
+        memory.keys[0, :, :SEGMENT] *= turned if held >= SEGMENT else 1.0
+        cosine, count = oldest_drift(model.encode, bank, SEGMENT)
+        judged = held >= SEGMENT
+        torch.testing.assert_close(cosine, torch.tensor([turned if judged else 1.0, 1.0]))
+        assert count.tolist() == [SEGMENT if judged else 0, SEGMENT]
+    drop_drifted(model.encode, bank, SEGMENT, 0.9)
+    assert memory.fill.tolist() == [held % SEGMENT if held >= SEGMENT else held, 2 * SEGMENT]
 
 
 def test_drifted_segments_are_dropped_up_to_the_first_that_holds() -> None:

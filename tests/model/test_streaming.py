@@ -39,7 +39,7 @@ def test_with_a_joint_memory_whose_bias_is_the_local_one() -> None:
     """The same tables at the same distances: the bias counts tokens across segments."""
     model = small_model(combine="joint", layers=[0, 1], size=24, top_k=24, position_bias="t5")
     for layer in model.layers:
-        local, far = layer.attention.bias, layer.attention.memory_bias
+        local, far = layer.attention.bias, layer.attention.reader.bias
         far.table, far.num_buckets = local.table, local.num_buckets
         far.max_distance = local.max_distance
     tokens = random_tokens(2, 24)

@@ -66,7 +66,7 @@ def test_the_start_has_the_stated_spread() -> None:
 def test_the_gate_begins_where_the_config_says() -> None:
     config = small_config(combine="gate")
     config.memory.gate_init = 0.1
-    gate = Transformer(config).layers[1].attention.gate
+    gate = Transformer(config).layers[1].attention.reader.gate.logit
     torch.testing.assert_close(gate.sigmoid(), torch.full((4,), 0.1))
 
 
@@ -101,7 +101,7 @@ def test_recomputation_changes_neither_loss_nor_gradients(combine: str, xl_cache
 def test_gradients_do_not_depend_on_what_comes_before_backward(combine: str, frozen: bool) -> None:
     """The ring is overwritten in place, while the backward pass needs what was read."""
     gradients = []
-    for changes in (0, 1, 4):
+    for changes in (0, 1, 4, "load"):
         model = small_model(combine=combine, xl_cache=4, position_bias="t5")
         bank = model.new_memory(2)
         read(model, bank, random_tokens(2, 10, seed=1), 5)
@@ -110,7 +110,11 @@ def test_gradients_do_not_depend_on_what_comes_before_backward(combine: str, fro
         for parameter in wanted:
             parameter.requires_grad_()
         output = model(random_tokens(2, 5), bank)
-        for change in range(changes):
+        if changes == "load":
+            other = model.new_memory(2)
+            read(model, other, random_tokens(2, 10, seed=2), 5)
+            bank.load(other.tensors())
+        for change in range(changes if isinstance(changes, int) else 0):
             bank.commit(output.pairs)
             bank.reset(torch.tensor([change == 1, change == 2]))
         after = {name: tensor.clone() for name, tensor in bank.tensors().items()}
@@ -210,7 +214,7 @@ def test_pairs_to_commit_carry_no_history() -> None:
     model, ids = small_model(), random_tokens(2, 5)
     output = model(ids, model.new_memory(2))
     assert output.logits.requires_grad
-    assert not any(tensor.requires_grad for pair in output.pairs for tensor in pair)
+    assert not any(tensor.requires_grad for pair in output.pairs.cache.values() for tensor in pair)
 
 
 def test_the_bank_stays_out_of_the_module() -> None:

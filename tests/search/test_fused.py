@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers.memory import Memory, Neighbours
-from memorizing_transformers.memory.search import bucketed
+from memorizing_transformers.memory.search import bucketed, policy
 from memorizing_transformers.memory.search.bucketed import BucketedSearch
+from memorizing_transformers.memory.search.policy import Kernel, KernelChoice, KernelFailed
 from memorizing_transformers.memory.search.reference import reference_search
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -26,7 +27,7 @@ MODULE = "memorizing_transformers.memory.search.fused"
 )
 def fused(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The kernel's module; triton decides when a kernel is defined how it will run."""
-    if request.param == "cuda" and not bucketed.has_fused_kernel():
+    if request.param == "cuda" and not policy.has_fused_kernel():
         pytest.skip("needs a GPU that runs Triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1" if request.param == "interpreter" else "0")
@@ -124,12 +125,16 @@ def test_some_rows_are_as_in_all(fused: ModuleType, rows: slice) -> None:
 @pytest.mark.parametrize("score_bytes", [None, 1], ids=["at once", "row by row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_the_search_reaches_its_recall_and_scores_in_fp32(
-    fused: ModuleType, dtype: torch.dtype, score_bytes: int | None
+    fused: ModuleType,
+    dtype: torch.dtype,
+    score_bytes: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = filled(1500, [2000, 90, 10], 2, 32, dtype, fused.DEVICE)
     queries = torch.randn(3, 2, 40, 32, device=fused.DEVICE)
-    search = BucketedSearch(0.9, score_bytes)
-    found = search._fused(queries, memory, 16, bucketed.num_buckets_for(16, 0.9))
+    choose = KernelChoice("triton", 20, "for the test")
+    monkeypatch.setattr(bucketed, "choose_kernel", lambda *_: choose)
+    found = BucketedSearch(0.9, score_bytes)(queries, memory, 16)
     expected = reference_search(queries, memory, 16)
     assert torch.equal(found.valid, expected.valid)
     hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
@@ -142,31 +147,32 @@ def test_the_search_reaches_its_recall_and_scores_in_fp32(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not bucketed.has_fused_kernel(), reason="needs a GPU that runs Triton")
-def test_on_a_gpu_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BucketedSearch, "_plain", None)
+@pytest.mark.skipif(not policy.has_fused_kernel(), reason="needs a GPU that runs Triton")
+def test_on_a_gpu_the_kernel_is_what_runs() -> None:
     memory = filled(4096, [4096, 100], 2, 64, torch.bfloat16, "cuda")
     queries = torch.randn(2, 2, 130, 64, device="cuda")
-    found = BucketedSearch(0.95)(queries, memory, 32)
+    search = BucketedSearch(0.95)
+    found = search(queries, memory, 32)
+    assert search.kernel is not None
+    assert search.kernel.name == "triton"
     assert torch.equal(found.valid, reference_search(queries, memory, 32).valid)
 
 
 def test_a_kernel_that_fails_is_replaced_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from triton import TritonError
-
     def fail(*_: object) -> Neighbours:
-        raise TritonError("out of shared memory")
+        raise KernelFailed("out of shared memory")
 
-    monkeypatch.setattr(bucketed, "has_fused_kernel", lambda: True)
-    monkeypatch.setattr(BucketedSearch, "_fused", fail)
+    choice = KernelChoice("triton", 1, "for the test")
+    monkeypatch.setattr(bucketed, "choose_kernel", lambda *_: choice)
+    monkeypatch.setitem(policy.KERNELS, "triton", Kernel(fail, rough=True))
     memory = filled(500, [500], 1, 16, torch.float32, "cpu")
     queries = torch.randn(1, 1, 4, 16)
     search = BucketedSearch(0.9)
     for _ in range(2):
-        found = search._on_device(queries, memory, 1, 1)
+        found = search(queries, memory, 1)
         assert torch.equal(found.slots, reference_search(queries, memory, 1).slots)
     assert [record.getMessage() for record in caplog.records] == [
-        "bucketed search goes on in plain torch: out of shared memory"
+        "bucketed search continues in plain torch: out of shared memory"
     ]

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import Memory
-from memorizing_transformers.memory.search import bucketed, host, largest
+from memorizing_transformers.memory.search import bucketed, host, largest, policy
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.host import HostScan
 from memorizing_transformers.memory.search.reference import reference_search
+from memorizing_transformers.memory.search.torch_buckets import torch_buckets
 
 
 def filled(size: int, written: list[int], width: int = 8, heads: int = 2) -> Memory:
@@ -79,8 +80,8 @@ def test_keys_that_recur_with_the_segments_do_not_collide(
     host_path: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All true neighbours lie whole segments of 128 apart, as keys without context do."""
-    monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
-    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(policy, "ROUGH_SLOTS", 0)
+    monkeypatch.setattr(policy, "has_fast_bfloat16", lambda: False)
     slots, top_k, target = 8 * 768, 36, 0.95
     places = torch.nn.functional.normalize(torch.randn(128, 16), dim=-1)
     keys = places.repeat(slots // 128, 1) + 0.05 * torch.randn(slots, 16)
@@ -90,7 +91,7 @@ def test_keys_that_recur_with_the_segments_do_not_collide(
     if host_path:
         found = search(queries, memory, top_k)
     else:
-        found = search._plain(queries, memory, top_k, host.apart(768))
+        found = torch_buckets(queries, memory, top_k, host.apart(768), 2**26)
     expected = reference_search(queries, memory, top_k)
     hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
     assert hit.float().mean() >= target
@@ -123,8 +124,8 @@ def test_largest_survives_infinities_and_negative_zero() -> None:
 @pytest.mark.parametrize("fast", [False, True], ids=["fp32", "bf16"])
 def test_bucketed_scans_a_large_memory(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of different length, candidates in bfloat16 or fp32, best first by fp32."""
-    monkeypatch.setattr(bucketed, "ROUGH_SLOTS", 0)
-    monkeypatch.setattr(bucketed, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(policy, "ROUGH_SLOTS", 0)
+    monkeypatch.setattr(policy, "has_fast_bfloat16", lambda: fast)
     memory = filled(9001, [12000, 700])
     queries = torch.randn(2, 2, 63, 8)
     found = bucketed.BucketedSearch(0.9)(queries, memory, 16)
@@ -134,3 +135,25 @@ def test_bucketed_scans_a_large_memory(fast: bool, monkeypatch: pytest.MonkeyPat
     assert hit.float().mean() >= 0.9
     scores = true_scores(queries, memory, found.slots)
     torch.testing.assert_close(scores, scores.sort(-1, descending=True).values)
+
+
+@pytest.mark.parametrize("way", ["bf16", "int8"])
+def test_ranks_that_rough_scores_confuse_are_set_right(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rivals score alike when scored roughly; consecutive, no two share a bucket."""
+    monkeypatch.setattr(policy, "ROUGH_SLOTS", 0)
+    monkeypatch.setattr(policy, "QUANTIZED_SLOTS", 0)
+    monkeypatch.setattr(policy, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(policy, "has_fast_int8", lambda: way == "int8")
+    heads, top_k, rivals = 6, 8, 2
+    keys = 0.05 * torch.randn(1, heads, 5000, 8)
+    for head in range(heads):
+        order = torch.randperm(top_k + rivals)
+        keys[0, head, 1000 : 1000 + len(order)] = 0.0
+        keys[0, head, 1000 : 1000 + len(order), 0] = 1 + 1e-5 * order
+    memory = Memory(1, heads, 5000, 8)
+    memory.write(keys, keys)
+    queries = torch.eye(1, 8).expand(1, heads, 128, 8)
+    found = bucketed.BucketedSearch(0.95)(queries, memory, top_k)
+    assert torch.equal(found.slots, reference_search(queries, memory, top_k).slots)

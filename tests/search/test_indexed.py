@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
+from test_bounds import Peak
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memorizing_transformers.memory import Memory, Neighbours, attend, indexed
 from memorizing_transformers.memory.indexed import Rows, dots, weighted_sum
+from memorizing_transformers.memory.search.reference import reference_search
 
 BATCH, GROUPS, SIZE, WIDTH = 2, 3, 31, 8
 
@@ -111,7 +119,7 @@ def attention_gradient(memory: Memory, queries: Tensor, writes: int, load: bool)
 
 
 @pytest.mark.parametrize("written", [[12, 5], [30, 0]], ids=str)
-@pytest.mark.parametrize(("writes", "load"), [(1, False), (3, False), (2, True)])
+@pytest.mark.parametrize(("writes", "load"), [(1, False), (3, False), (0, True), (2, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_backward_reads_what_forward_read(
     written: list[int], writes: int, load: bool, dtype: torch.dtype
@@ -139,16 +147,122 @@ def test_backward_leaves_the_memory_as_it_was_written(dtype: torch.dtype) -> Non
     assert all(torch.equal(tensor, written[name]) for name, tensor in memory.tensors().items())
 
 
-def test_nothing_is_kept_once_no_backward_can_come() -> None:
-    memory = filled([12, 12])
+class DuringBackward(TorchDispatchMode):
+    """Calls something before every operation."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self.look = look
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        self.look()
+        return func(*args, **(kwargs or {}))
+
+
+def waiting(dtype: torch.dtype) -> tuple[Memory, Tensor, Tensor]:
+    """A memory that was written since it was read, the queries, and a loss to go backward from."""
+    memory = filled([12, 12], dtype=dtype)
+    queries = torch.randn(2, GROUPS, 5, WIDTH, requires_grad=True)
+    slots = torch.randint(12, (2, GROUPS, 5, 4))
+    output = attend(queries, memory, Neighbours(slots, torch.ones_like(slots, dtype=torch.bool)))
+    for _ in range(2):
+        memory.write(*torch.randn(2, 2, GROUPS, 7, WIDTH))
+    return memory, queries, output.output.square().sum() + output.log_mass.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_others_read_what_was_written_while_a_backward_pass_runs(dtype: torch.dtype) -> None:
+    memory, queries, loss = waiting(dtype)
+    asked = torch.randn(2, GROUPS, 3, WIDTH)
+
+    def read() -> Tensor:
+        with torch.no_grad():
+            return attend(asked, memory, reference_search(asked, memory, 4)).output
+
+    expected = read()
+    with ThreadPoolExecutor(1) as other:
+        seen: list[Tensor] = []
+        with DuringBackward(lambda: seen.append(other.submit(read).result())):
+            loss.backward()
+    assert len(seen) > 10
+    assert all(torch.equal(found, expected) for found in seen)
+    assert queries.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_interrupted_at_any_point_a_backward_pass_leaves_the_memory_as_it_was(
+    dtype: torch.dtype,
+) -> None:
+    memory, queries, loss = waiting(dtype)
+    written = {name: tensor.clone() for name, tensor in memory.tensors().items()}
+    (whole,) = torch.autograd.grad(loss, queries, retain_graph=True)
+    with DuringBackward(lambda: None) as counted:
+        torch.autograd.grad(loss, queries, retain_graph=True)
+    for last in range(1, counted.operations + 1):
+        left = iter([None] * (last - 1))
+
+        def stop(left: Iterator[None] = left) -> None:
+            if next(left, "none left") is not None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), DuringBackward(stop):
+            torch.autograd.grad(loss, queries, retain_graph=True)
+        for name, tensor in memory.tensors().items():
+            assert torch.equal(tensor, written[name]), (last, name)
+    (again,) = torch.autograd.grad(loss, queries)
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_many_late_backward_passes_agree_with_immediate_ones(
+    dtype: torch.dtype, shuffled: bool
+) -> None:
+    """Eight segments read and written before the first backward pass."""
+    gradients: list[list[Tensor]] = []
+    for late in (False, True):
+        torch.manual_seed(2)
+        memory, found, pending = filled([9, 12], dtype=dtype), [], []
+        for _ in range(8):
+            queries = torch.randn(2, GROUPS, 5, WIDTH, requires_grad=True)
+            asked = reference_search(queries.detach().clone(), memory, 4)
+            loss = attend(queries, memory, asked).output.square().sum()
+            pending.append((loss, queries))
+            if not late:
+                found.append(torch.autograd.grad(loss, queries)[0])
+            memory.write(*torch.randn(2, 2, GROUPS, 5, WIDTH))
+        if late:
+            order = torch.randperm(8).tolist() if shuffled else range(8)
+            made = {place: torch.autograd.grad(*pending[place])[0] for place in order}
+            found = [made[place] for place in range(8)]
+        gradients.append(found)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_copies_are_kept_only_while_a_backward_pass_can_come(dtype: torch.dtype) -> None:
+    """Bytes that a write leaves behind: some behind a reading, none without one."""
+    memory = filled([12, 12], dtype=dtype)
     slots = torch.zeros(2, GROUPS, 5, 4, dtype=torch.int64)
     found = Neighbours(slots, slots == 0)
     queries = torch.randn(2, GROUPS, 5, WIDTH, requires_grad=True)
+
+    def left_behind() -> int:
+        pairs = torch.randn(2, 2, GROUPS, 7, WIDTH)
+        with Peak() as measured:
+            memory.write(*pairs)
+            gc.collect()
+        return measured.live
+
+    assert left_behind() == 0
     output = attend(queries, memory, found)
-    assert len(memory._readings) == 1
+    copies = 2 * 7 * GROUPS * WIDTH * 2 * memory.keys.element_size()
+    assert copies <= left_behind() < 3 * copies + 4096
     del output
-    assert len(memory._readings) == 0
+    assert left_behind() == 0
     with torch.no_grad():
         kept = attend(queries, memory, found)
     assert kept.found.all()
-    assert len(memory._readings) == 0
+    assert left_behind() == 0

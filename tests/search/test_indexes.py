@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from memorizing_transformers.memory import Memory, Neighbours, make_search
+from memorizing_transformers.memory import Memory, Neighbours
 from memorizing_transformers.memory.search.reference import reference_search
 
 pytest.importorskip("faiss", reason="faiss is not installed")
@@ -17,6 +18,37 @@ from memorizing_transformers.memory.search import indexes
 
 HEADS, WIDTH, TOP_K = 2, 8, 5
 KINDS = ["flat", "ivf", "hnsw"]
+
+
+class Built:
+    """Every index that faiss was asked for; what is still there can be told."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.references: list[weakref.ref[Any]] = []
+        for name in ("IndexIVFFlat", "IndexHNSWFlat"):
+            patch.setattr(indexes.faiss, name, self._noting(getattr(indexes.faiss, name)))
+
+    def _noting(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            index = make(*arguments)
+            self.references.append(weakref.ref(index))
+            return index
+
+        return noted
+
+    @property
+    def living(self) -> list[Any]:
+        return [index for reference in self.references if (index := reference()) is not None]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in indexes that are still there, over all heads."""
+        return sum(index.ntotal for index in self.living)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Built:
+    return Built(monkeypatch)
 
 
 def write(memory: Memory, count: int, mask: torch.Tensor | None = None) -> None:
@@ -103,8 +135,8 @@ def test_a_reset_that_wrote_as_much_again_is_noticed(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_nothing_is_sealed_before_a_query_can_tell_how_hard_to_look(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_indexed_before_a_query_can_tell_how_hard_to_look(
+    kind: str, built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a resume. Keys would tell too little: every key has itself for a neighbour."""
     monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
@@ -112,14 +144,14 @@ def test_nothing_is_sealed_before_a_query_can_tell_how_hard_to_look(
     memory = Memory(1, HEADS, 1024, WIDTH)
     write(memory, 1024)
     assert_agrees(search, memory, 1.0)
-    assert not search._queues[memory][0][0].sealed
+    assert not built.living
     assert_agrees(search, memory, 0.9)
-    assert search._queues[memory][0][0].sealed
+    assert built.living
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_sub_indexes_retire_and_never_outnumber_the_ring(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+def test_indexes_retire_and_never_outnumber_the_ring(
+    kind: str, built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
     search = indexes.FaissSearch(kind)
@@ -127,24 +159,24 @@ def test_sub_indexes_retire_and_never_outnumber_the_ring(
     for _ in range(30):
         write(memory, 50)
         search(torch.randn(1, HEADS, 4, WIDTH), memory, TOP_K)
-        (queue, _) = search._queues[memory][0]
-        oldest = max(0, int(memory.written) - 512)
-        assert len(queue.sealed) <= indexes.RUNS + 1
-        assert all(part.last > oldest for part in queue.sealed)
-    assert len(queue.sealed) >= indexes.RUNS - 1
+        assert len(built.living) <= HEADS * (indexes.RUNS + 1)
+        assert built.pairs <= HEADS * 512 * (indexes.RUNS + 1) / indexes.RUNS
+    assert len(built.living) >= HEADS * (indexes.RUNS - 1)
+    assert len(built.references) > 2 * len(built.living)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reset_costs_nothing_that_grows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key of the old document is read again, and its sub-indexes are gone."""
+def test_a_reset_costs_nothing_that_grows(
+    kind: str, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No key of the old document is read again, and its indexes are gone."""
     monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
     search = indexes.FaissSearch(kind)
     memory, queries = Memory(1, HEADS, 512, WIDTH), torch.randn(1, HEADS, 4, WIDTH)
     for _ in range(9):
         write(memory, 100)
         search(queries, memory, TOP_K)
-    old = [weakref.ref(part) for part in search._queues[memory][0][0].sealed]
-    assert (len(old) > 3) == (kind != "flat")
+    assert (len(built.living) > 3 * HEADS) == (kind != "flat")
     read: list[int] = []
     keys = indexes.Head.keys
 
@@ -157,45 +189,37 @@ def test_a_reset_costs_nothing_that_grows(kind: str, monkeypatch: pytest.MonkeyP
     write(memory, 3)
     search(queries, memory, TOP_K)
     assert read == [3] * HEADS
-    assert not any(part() for part in old)
+    assert not built.living
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_a_document_of_a_million_tokens_holds_no_more_than_the_ring(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, built: Built
 ) -> None:
-    def pairs(part: indexes.SubIndex | None) -> int:
-        return 0 if part is None else part.last - part.first
-
-    made: list[weakref.ref[indexes.SubIndex]] = []
-    sealed = indexes.FaissSearch._seal
-
-    def noted(*arguments: Any) -> indexes.SubIndex:
-        part = sealed(*arguments)
-        made.append(weakref.ref(part))
-        return part
-
-    monkeypatch.setattr(indexes.FaissSearch, "_seal", noted)
     search = indexes.FaissSearch(kind)
     memory = Memory(1, 1, 16384, 4)
     sizes = []
     for _ in range(1_000_000 // 4000):
         memory.write(*torch.randn(2, 1, 1, 4000, 4))
         search(torch.randn(1, 1, 16, 4), memory, TOP_K)
-        made[:] = [part for part in made if part() is not None]
-        sizes.append(sum(pairs(part()) for part in made))
+        sizes.append(built.pairs)
     assert int(memory.written) == 1_000_000
     assert 16384 / 2 < max(sizes) <= 16384 * (indexes.RUNS + 1) / indexes.RUNS
     queries = torch.randn(1, 1, 64, 4)
     assert recall(search(queries, memory, TOP_K), reference_search(queries, memory, TOP_K)) >= 0.9
 
 
-def test_indexes_go_with_their_memory() -> None:
-    search = make_search("faiss")
-    memory = Memory(1, HEADS, 64, WIDTH)
-    write(memory, 10)
-    search(torch.randn(1, HEADS, 4, WIDTH), memory, TOP_K)
-    assert len(search._queues) == 1
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_indexes_go_with_their_memory(
+    kind: str, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexes, "SHORTEST_RUN", 64)
+    search = indexes.FaissSearch(kind)
+    memory = Memory(1, HEADS, 512, WIDTH)
+    for _ in range(3):
+        write(memory, 100)
+        search(torch.randn(1, HEADS, 4, WIDTH), memory, TOP_K)
+    assert built.living
     del memory
-    assert len(search._queues) == 0
+    assert not built.living

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers.memory import Memory, Neighbours
-from memorizing_transformers.memory.search import bucketed, quantized
+from memorizing_transformers.memory.search import policy, quantized
 from memorizing_transformers.memory.search.bucketed import BucketedSearch
 from memorizing_transformers.memory.search.quantized import (
     LARGEST_SCORE,
@@ -128,9 +128,9 @@ def test_bucketed_search_uses_it_where_it_pays_and_suffices(
         calls.append(arguments)
         return quantized_search(*arguments)
 
-    monkeypatch.setattr(bucketed, "has_fast_int8", lambda: True)
-    monkeypatch.setattr(bucketed, "quantized_search", noted)
-    monkeypatch.setattr(bucketed, "QUANTIZED_SLOTS", 500)
+    monkeypatch.setattr(policy, "has_fast_int8", lambda: True)
+    monkeypatch.setattr(policy, "quantized_search", noted)
+    monkeypatch.setattr(policy, "QUANTIZED_SLOTS", 500)
     large, small = filled(1000, [600]), filled(1000, [400])
     many, few = torch.randn(1, 2, 128, 16), torch.randn(1, 2, 20, 16)
     BucketedSearch(0.95)(many, large, 8)

@@ -49,6 +49,28 @@ def test_failure_is_raised_by_the_next_call_and_the_other_jobs_are_done() -> Non
     writer.wait()
 
 
+@pytest.mark.parametrize("failing", [True, False])
+def test_what_a_failed_write_was_to_replace_is_not_removed(failing: bool) -> None:
+    """Whenever the failure becomes known."""
+    writer, gate = Writer(), threading.Event()
+    done: list[str] = []
+
+    def write() -> None:
+        gate.wait()
+        if failing:
+            raise OSError("no space")
+
+    writer.submit(write)
+    writer.submit(lambda: done.append("removed"), only_after_success=True)
+    gate.set()
+    if failing:
+        with pytest.raises(OSError, match="no space"):
+            writer.wait()
+    else:
+        writer.wait()
+    assert done == ([] if failing else ["removed"])
+
+
 def test_copied_part_does_not_change_with_the_memory() -> None:
     memory = Memory(2, 1, 4, 3)
     bank = MemoryBank(2, {0: memory})

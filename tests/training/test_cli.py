@@ -73,7 +73,10 @@ def test_a_memory_switched_off_gives_the_figures_of_a_plain_model(run: Run, text
         ModelConfig(256, 16, num_layers=2, num_heads=2, memory=MemoryConfig(layers=[]))
     )
     missing = plain.load_state_dict(weights, strict=False)
-    assert (missing.missing_keys, missing.unexpected_keys) == ([], ["layers.1.attention.gate"])
+    assert (missing.missing_keys, missing.unexpected_keys) == (
+        [],
+        ["layers.1.attention.reader.gate.logit"],
+    )
     expected = by_hand(plain, make_data(texts).test_store)
     found = figures_of(run, "--model.memory.size=0")
     assert found == pytest.approx({**found, **expected}, rel=1e-5)
@@ -93,6 +96,30 @@ def test_a_later_config_wins_over_an_earlier_one(config: Path, tmp_path: Path) -
         args = [part for file in files for part in ("--config", file)]
         printed = yaml.safe_load(command("fit", *args, "--print_config")[1])
         assert printed["trainer"]["max_steps"] == expected
+
+
+def test_a_config_may_name_the_config_that_it_changes(config: Path, tmp_path: Path) -> None:
+    """By a path from its own folder; keys that it leaves alone are the base's, lists too."""
+    (tmp_path / "deeper").mkdir()
+    middle, top = tmp_path / "middle.yaml", tmp_path / "deeper" / "top.yaml"
+    middle.write_text(f"config: {config.name}\ntrainer.max_steps: 5\nmodel.memory.top_k: 3\n")
+    top.write_text("config: ../middle.yaml\nmodel.memory.top_k: 2\ndata.batch_rows: 2\n")
+    assert config.parent == tmp_path
+    keys = ["--trainer.max_steps=5", "--model.memory.top_k=2", "--data.batch_rows=2"]
+    expected = command("fit", "--config", config, *keys, "--print_config")
+    assert command("fit", "--config", top, "--print_config") == expected
+    _, printed, _ = command("fit", "--config", config, "--config", top, "--print_config")
+    assert printed == expected[1]
+
+
+def test_a_class_takes_the_place_of_the_one_of_the_base(config: Path, tmp_path: Path) -> None:
+    top, loggers = tmp_path / "top.yaml", "lightning.pytorch.loggers"
+    logger = f"{{class_path: {loggers}.CSVLogger, init_args: {{save_dir: there}}}}"
+    top.write_text(f"config: {config.name}\ntrainer.logger: {logger}\n")
+    printed = yaml.safe_load(command("fit", "--config", top, "--print_config")[1])
+    assert printed["trainer"]["logger"]["class_path"] == f"{loggers}.CSVLogger"
+    assert printed["trainer"]["logger"]["init_args"]["save_dir"] == "there"
+    assert printed["trainer"]["max_steps"] == 24
 
 
 def test_the_printed_config_can_be_fed_back(config: Path, tmp_path: Path) -> None:

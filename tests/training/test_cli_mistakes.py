@@ -70,6 +70,24 @@ def test_a_mistake_in_a_file_gets_one_line(tmp_path: Path, text: str, message: s
     assert message in error_of("fit", "--config", tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config: base.yaml\ntrainer: {max_steps: 3}", "give trainer.max_steps: ..."),
+        ("config: base.yaml\nmodel.memory: {size: 3}", "give model.memory.size: ..."),
+        ("config: base.yaml\ntrainer.callbacks+: []", "the complete list as trainer.callbacks"),
+        ("trainer.max_steps: 3\nconfig: base.yaml", "first key of its file, not below trainer.max"),
+        ("config: [base.yaml]", "config = ['base.yaml']: must be the path of one file"),
+        ("config: nowhere.yaml", "File does not exist: '"),
+        ("config: over.yaml", "loop detected"),
+    ],
+)
+def test_what_a_base_would_lose_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "base.yaml").write_text("trainer: {devices: 1}\nmodel.memory.top_k: 3\n")
+    (tmp_path / "over.yaml").write_text(text + "\n")
+    assert message in error_of("fit", "--config", tmp_path / "over.yaml")
+
+
 def test_no_subcommand_and_a_wrong_one_get_one_line() -> None:
     for args in ([], ["fitt"]):
         line = error_of(*args)

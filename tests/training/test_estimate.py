@@ -171,3 +171,54 @@ def test_a_memory_on_the_host_is_counted_there(search: str) -> None:
     assert there.host_bytes - there.index_bytes >= there.memory_bytes
     names = [line.split()[0] for line in there.lines()]
     assert names.index("memory") > names.index("host")
+
+
+def counted_flops(shape: dict[str, Any], rows: int, segment: int, **memory: Any) -> float:
+    """What torch counts of a training step with a full memory."""
+    settings = {"size": 200, "search": "exact", "dtype": "bfloat16", **memory}
+    config = ModelConfig(vocab_size=50, **shape, memory=settings)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = Transformer(config)
+    bank, tokens = model.new_memory(rows), torch.randint(50, (rows, segment))
+    for _ in range(-(-settings["size"] // segment)):
+        with torch.no_grad():
+            bank.commit(model(tokens, bank).pairs)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(model(tokens, bank).logits, tokens).backward()
+    return counter.get_total_flops()
+
+
+DOMINATED: list[dict[str, Any]] = [
+    {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_ff": 8},
+    {"d_model": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 8},
+]
+
+
+@pytest.mark.parametrize("layers", [[-1], [0, -1]])
+@pytest.mark.parametrize("shape", DOMINATED, ids=str)
+def test_each_part_of_the_memorys_work_is_that_of_a_training_step(
+    shape: dict[str, Any], layers: list[int]
+) -> None:
+    """Two steps that differ in one part alone tell that part's FLOPs."""
+    rows, segment = 3, 32
+    seen, told = {}, {}
+    for name, memory in {
+        "none": {"size": 0, "top_k": 8},
+        "few": {"top_k": 8},
+        "many": {"top_k": 128},
+        "large": {"top_k": 8, "size": 400},
+    }.items():
+        memory["layers"] = layers
+        seen[name] = counted_flops(shape, rows, segment, **memory)
+        settings = {"size": 200, "dtype": "bfloat16", **memory}
+        config = ModelConfig(vocab_size=50, **shape, memory=settings)  # type: ignore[arg-type]
+        told[name] = estimate(config, rows, segment)
+    assert told["none"].model_flops == pytest.approx(seen["none"], rel=0.02)
+    attention = told["many"].attention_flops - told["few"].attention_flops
+    assert attention == pytest.approx(seen["many"] - seen["few"], rel=0.02)
+    search = told["large"].search_flops - told["few"].search_flops
+    assert search == pytest.approx(seen["large"] - seen["few"], rel=0.02)
+    memory_part = seen["many"] - seen["none"]
+    assert told["many"].memory_share > 1 / 3
+    assert told["many"].memory_share * told["many"].flops == pytest.approx(memory_part, rel=0.02)
+    assert told["many"].flops == pytest.approx(seen["many"], rel=0.02)

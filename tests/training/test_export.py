@@ -118,3 +118,27 @@ def test_prepare_tokenises_ahead_of_a_run(
     out = capsys.readouterr().out
     assert str(make_data(texts).store_folder) in out
     assert "train: 8 documents" in out
+
+
+def test_prepare_and_estimate_take_several_configs(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("model.d_model: 32\ndata:\n  segment_length: 32\n")
+    two.write_text("data: {segment_length: 64}\n")
+    both = tmp_path / "both.yaml"
+    both.write_text(f"config: {run.config}\nmodel.d_model: 32\ndata.segment_length: 64\n")
+
+    def printed(*args: object) -> str:
+        call(monkeypatch, *args)
+        return capsys.readouterr().out
+
+    for name in ("prepare", "estimate"):
+        alone = printed(name, "--config", run.config)
+        found = printed(name, "--config", run.config, "--config", one, f"--config={two}")
+        assert found == printed(name, "--config", both) != alone
+        assert printed(name, "--config", one, "--config", run.config) != found
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, name)
+        assert stop.value.code == 2
+        assert "config" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_accumulated_batches_are_successive_segments_committed_one_by_one(texts:
     for name, gradient in seen.steps[0].items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
     # The second segment reached the first one's pairs, so the gate learned something.
-    assert expected["layers.1.attention.gate"].abs().max() > 0
+    assert expected["layers.1.attention.reader.gate.logit"].abs().max() > 0
 
 
 def test_the_schedule_counts_optimiser_steps(texts: Path) -> None:

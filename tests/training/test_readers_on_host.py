@@ -69,14 +69,14 @@ def batch_of(ids: Tensor, number: int) -> Batch:
         reset=start == 0,
         document=torch.zeros_like(start),
         position=start,
-        num_bytes=torch.full_like(start, SEGMENT).double(),
+        text_bytes=torch.full_like(start, SEGMENT),
+        text_tokens=torch.full_like(start, SEGMENT),
     )
 
 
 def observed(module: MemorizingLM, observer: Any, *arguments: Any) -> dict[str, Any]:
     logger = Recorder()
     observer._module, observer._trainer = module, SimpleNamespace(loggers=[logger])
-    observer._searches = {LAYER: module.net.layers[LAYER].attention.search}
     observer.observe(*arguments, 3)
     return logger.seen
 

@@ -73,14 +73,14 @@ def test_measuring_recall_asks_the_search_nothing(texts: Path) -> None:
 
         def build(module: Any = module, count: list[int] = count) -> None:
             module.configure_model_before()
-            attention = module.net.layers[1].attention
-            search = attention.search
+            reader = module.net.readers()[1]
+            search = reader.search
 
             def counted(*args: Any) -> Any:
                 count[0] += 1
                 return search(*args)
 
-            attention.search = counted
+            reader.search = counted
 
         module.configure_model = build
         trainer = make_trainer(max_steps=6, logger=Scalars())
@@ -102,7 +102,7 @@ def test_logged_figures_are_those_of_a_slow_count(texts: Path) -> None:
             for row in range(4)
             for slot in range(min(50, memory.written[row].item()))
         ]
-        gate = module.net.layers[1].attention.gate
+        gate = module.net.layers[1].attention.reader.gate.logit
         expected[step] = {
             "memory/fill/layer1": sum(min(50, w) for w in memory.written.tolist()) / 4 / 50,
             "memory/share/layer1": retrieval.share.mean().item(),

@@ -43,7 +43,7 @@ def read_again(module: Any, texts: Path, batch: Any) -> list[torch.Tensor]:
             with torch.no_grad():
                 pairs = module.net(ids, bank).pairs
             bank.commit(pairs)
-            own.append(pairs[-1][0][0])
+            own.append(pairs.memory[max(pairs.memory)][0][0])
         keys.append(torch.cat(own, 1) if own else torch.zeros(2, 0, 8))
     for part, mode in zip(module.net.modules(), modes, strict=True):
         part.training = mode

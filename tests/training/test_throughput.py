@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from small import Scalars, make_data, make_module, make_trainer
 
@@ -80,3 +81,57 @@ def test_validation_takes_none_of_the_time(texts: Path, monkeypatch: pytest.Monk
     trainer.fit(make_module(), datamodule=make_data(texts))
     assert throughput.seconds == 4.0
     assert sum(logger.values[NAME].values()) * 2 == count.tokens
+
+
+class Strategy:
+    """Two ranks, of which the other one reads so many tokens a batch."""
+
+    root_device = "cpu"
+
+    def __init__(self, others: int) -> None:
+        self.others, self.batches = others, 0
+
+    def reduce(self, own: Any, reduce_op: str) -> Any:
+        assert reduce_op == "sum"
+        total, self.batches = own + self.others * self.batches, 0
+        return total
+
+
+def read(throughput: Throughput, strategy: Strategy, tokens: list[int], every: int) -> list[float]:
+    """Let this rank read batches of so many tokens; the logged speeds."""
+    speeds: list[float] = []
+    trainer: Any = SimpleNamespace(world_size=2, log_every_n_steps=every, strategy=strategy)
+    module: Any = SimpleNamespace(log=lambda name, value, prog_bar: speeds.append(value))
+    for index, count in enumerate(tokens):
+        strategy.batches += 1
+        batch: Any = SimpleNamespace(mask=torch.ones(count))
+        throughput.on_train_batch_start(trainer, module, batch, index)
+        throughput.on_train_batch_end(trainer, module, None, batch, index)
+    throughput.on_train_end(trainer, module)
+    return speeds
+
+
+def test_ranks_with_unequal_padding_are_counted_as_they_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(callbacks.throughput, "time", clock)
+    throughput = Throughput()
+    speeds = read(throughput, Strategy(others=11), [5, 3, 0, 9, 4], every=2)
+    assert throughput.tokens == 21 + 5 * 11
+    assert speeds == [pytest.approx(x) for x in (15.0, 15.0, 15.5, 15.5)]
+
+
+def test_the_first_speed_after_a_resume_is_that_since_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(callbacks.throughput, "time", clock)
+    first, resumed = Throughput(), Throughput()
+    assert read(first, Strategy(others=7), [93] * 6, every=3)[-1] == 100.0
+    resumed.load_state_dict(first.state_dict())
+    assert read(resumed, Strategy(others=1), [1] * 3, every=3) == [2.0]
+    assert resumed.tokens == 600 + 6
+    assert resumed.seconds == 9.0

@@ -13,7 +13,6 @@ from small import Scalars, make_data, make_module, make_trainer
 
 from memorizing_transformers.data import loader
 from memorizing_transformers.training.callbacks import StepTiming, timing
-from memorizing_transformers.training.callbacks.retrieval import memory_attention
 
 
 @pytest.fixture
@@ -31,8 +30,8 @@ def timed(texts: Path, every: int, *callbacks: Callback, **settings: Any) -> Sca
     module = make_module(staleness_every_n_steps=every, **settings)
     options = {"max_steps": 10, "logger": logger, "callbacks": [*callbacks]}
     make_trainer(**options).fit(module, datamodule=make_data(texts))
-    for attention in memory_attention(module.net).values():
-        assert not isinstance(attention.search, timing.TimedSearch)
+    for reader in module.net.readers().values():
+        assert not isinstance(reader.search, timing.TimedSearch)
     return logger
 
 
@@ -81,12 +80,11 @@ def test_accumulated_batches_are_timed_once_a_step(texts: Path, clock: SimpleNam
 def test_a_run_that_fails_leaves_the_searches_alone(texts: Path) -> None:
     class Fail(Callback):
         def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
-            attention = module.net.layers[1].attention
-            if isinstance(attention.search, timing.TimedSearch):
+            if isinstance(module.net.readers()[1].search, timing.TimedSearch):
                 raise RuntimeError("out of luck")
 
     module = make_module(staleness_every_n_steps=4)
     trainer = make_trainer(logger=Scalars(), callbacks=[Fail()])
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer.fit(module, datamodule=make_data(texts))
-    assert not isinstance(module.net.layers[1].attention.search, timing.TimedSearch)
+    assert not isinstance(module.net.layers[1].attention.reader.search, timing.TimedSearch)

@@ -16,8 +16,8 @@ from ..errors import UserError
 from ..memory import Memory, Neighbours, Search
 from ..memory.search.recall import measured_recall
 from ..model import Transformer
+from ..model.renamed import with_current_names
 from ..training import checkpoints
-from ..training.callbacks.retrieval import memory_attention
 from ..training.callbacks.timing import TimedSearch, wait_for
 from ..training.export import TOKENIZER_KEY, is_packed
 
@@ -49,10 +49,11 @@ def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: 
         raise UserError("from: the checkpoint has another tokenizer, so its ids mean other text")
     weights = checkpoint["state_dict"]
     saved = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
+    saved = with_current_names(saved)
     own = net.state_dict()
     kept = {id(parameter) for parameter in net.memory_parameters()} if fresh_memory else set()
     excused = {name for name, parameter in net.named_parameters() if id(parameter) in kept}
-    surplus = [n for n in saved if n not in own and not {"gate", "memory_bias"} & {*n.split(".")}]
+    surplus = [n for n in saved if n not in own and ".reader." not in n]
     lacking = [name for name in own if name not in saved and name not in excused]
     misfit = [n for n in own if n in saved and saved[n].shape != own[n].shape]
     for what, names in (
@@ -119,9 +120,9 @@ class Evaluation(Callback):
     def _start(self, trainer: Any, pl_module: Any) -> None:
         tokenizer = trainer.datamodule.text_tokenizer
         load_weights(pl_module.net, self.checkpoint, fresh_memory=False, tokenizer=tokenizer)
-        for attention in memory_attention(pl_module.net).values():
-            attention.search = MeasuredSearch(attention.search)
-            self._searches.append(attention.search)
+        for reader in pl_module.net.readers().values():
+            reader.search = MeasuredSearch(reader.search)
+            self._searches.append(reader.search)
 
     def _before(
         self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0

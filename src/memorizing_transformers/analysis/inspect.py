@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..data.documents import first_line
 from ..errors import ConfigError, UserError
 from ..hub import MemorizingTransformer
-from ..model.attention import MemoryLayerAttention
 from ..training.checkpoints import read_manifest
 from ..training.export import load_model
 from .lines import write_lines
@@ -129,12 +127,8 @@ def prepare_folder(out: str) -> Path:
 
 def learned_gates(model: MemorizingTransformer) -> dict[int, list[float]]:
     """By memory layer the share of each head that was learned; {} where it is not a number."""
-    found = {}
-    for index, layer in enumerate(model.layers):
-        gate = getattr(layer.attention, "gate", None)
-        if isinstance(layer.attention, MemoryLayerAttention) and isinstance(gate, Tensor):
-            found[index] = torch.sigmoid(gate.detach().float()).tolist()
-    return found
+    shares = {layer: reader.gate.learned() for layer, reader in model.readers().items()}
+    return {layer: share.tolist() for layer, share in shares.items() if share is not None}
 
 
 def examine(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.documents import first_line
+from ..data.encoding_rules import backend_of, text_only
 from ..data.tokenization import byte_vocabulary, make_encoder
 from ..errors import ConfigError
 
@@ -75,12 +76,12 @@ def tokenize(tokenizer: Any, text: str) -> TokenizedText:
     if np.array_equal(ids, raw):
         # One token a byte: every byte that continues no character begins one.
         return TokenizedText(text, ids, np.cumsum((raw & 0xC0) != 0x80))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = backend_of(tokenizer)
     if backend is None:
         rendered = {token: tokenizer.decode([token]) for token in np.unique(ids).tolist()}
         pieces = [rendered[token] for token in ids.tolist()]
         return TokenizedText("".join(pieces), ids, np.cumsum([len(piece) for piece in pieces]))
-    encoding = backend.encode(text, add_special_tokens=False)
+    encoding = text_only(backend).encode(text, add_special_tokens=False)
     ends = np.asarray([end for _, end in encoding.offsets], dtype=np.int64)
     ends = np.maximum.accumulate(ends)
     if len(ends):

@@ -19,7 +19,6 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback
@@ -104,8 +103,7 @@ class TrialCLI(MemoryCLI):
 
     def __init__(self, extra: list[Callback], **kwargs: Any) -> None:
         self.extra = extra
-        with patch("sys.argv", ["train.py"]):
-            super().__init__(**kwargs)
+        super().__init__(**kwargs)
 
     def before_fit(self) -> None:
         """Add the callbacks."""

@@ -13,11 +13,18 @@ from .loader import SegmentLoader
 from .plan import RowPlan
 from .prepare import prepare_store, summary_lines
 from .rearranged import CutStore, ShuffledStore
-from .settings import SPLITS, CorpusSettings, SourceSettings, TokenizerSettings
+from .settings import (
+    SPLITS,
+    CorpusSettings,
+    SourceSettings,
+    TokenizerSettings,
+    check_unicode,
+)
 from .store import MIN_TOKENS, TOKENIZER_FOLDER, TokenStore
 from .tokenization import BPE, BYTES, NUM_BYTES, byte_tokenizer, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -96,6 +103,7 @@ class DocumentDataModule(LightningDataModule):
         if cut_tokens is not None and shuffle_tokens is not None:
             raise ConfigError("data.shuffle_tokens", shuffle_tokens, "or data.cut_tokens, not both")
         _at_least(0, "data.seed", seed)
+        check_unicode("data.cache_dir", cache_dir)
         if predict_split not in ("validation", "test"):
             raise ConfigError("data.predict_split", predict_split, "must be validation or test")
         self.settings = CorpusSettings(
@@ -128,6 +136,7 @@ class DocumentDataModule(LightningDataModule):
         self._folder: Path | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._stores: dict[str, TokenStore] = {}
+        self._stream: tuple[Trainer | None, SegmentLoader | None] = (None, None)
 
     def prepare_data(self) -> None:
         """Tokenise the text, unless the cache holds it; Lightning calls this once per machine."""
@@ -232,7 +241,14 @@ class DocumentDataModule(LightningDataModule):
             limit = self.trainer.limit_train_batches
             steps = int(steps * limit) if isinstance(limit, float) else min(steps, limit or 0)
             repeat = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return SegmentLoader(self.train_store, plan, rank, world_size, steps, repeat)
+        loader = SegmentLoader(self.train_store, plan, rank, world_size, steps, repeat)
+        trainer, last = self._stream
+        if last is not None and trainer is self.trainer:
+            # trainer.reload_dataloaders_every_n_epochs: another loader, but the same stream.
+            loader.follow(last)
+        if self.trainer is not None:
+            self._stream = (self.trainer, loader)
+        return loader
 
     def val_dataloader(self) -> SegmentLoader | list[SegmentLoader]:
         """Batches of the validation documents; none if their fraction is 0."""

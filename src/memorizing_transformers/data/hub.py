@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from .documents import Origin, first_line
 from .records import Records, RecordStream
 
 PREFIX = "hub:"
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC)
+"""What the system says of a cache folder that `datasets` cannot use."""
 SPLIT_NAMES = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),
@@ -59,10 +62,10 @@ class HubDataset:
             )
         except Exception as error:
             # Missing, gated, of another config, or no network: `datasets` says which.
-            raise origin.error(
-                f"cannot be opened ({first_line(error)}); check the name, the network and, for a "
-                "gated dataset, `hf auth login`"
-            ) from error
+            remedy = "check the name, the network and, for a gated dataset, `hf auth login`"
+            if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+                remedy = "set HF_HOME to a folder that can be written"
+            raise origin.error(f"cannot be opened ({first_line(error)}); {remedy}") from error
 
     def split(self, role: str) -> Records | None:
         """The split for this role (``train``, ``validation``, ``test``), None if there is none."""
@@ -71,12 +74,9 @@ class HubDataset:
             return None
         stream = self.streams[name]
         place = f"{self.name.path}/{name}"
-        return Records(
-            [RecordStream(place, lambda: stream)],
-            lambda: self._content(name),
-            self.text_column,
-            self.origin,
-        )
+        content = self._content(name)
+        records = RecordStream(place, lambda: stream, lambda: content, place=content)
+        return Records([records], self.text_column, self.origin)
 
     def require(self, *roles: str) -> Records:
         """The split for the first of these roles that is there.

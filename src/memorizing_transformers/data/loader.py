@@ -19,9 +19,9 @@ class SegmentLoader:
     Rank r of W reads the rows from ``r * B / W`` up to ``(r + 1) * B / W`` of the plan's B. Every
     rank has the same number of steps.
 
-    The training loader is an endless stream read in epochs: an iteration goes on where the one
+    The training loader is an endless stream read in epochs: an iteration resumes where the one
     before stopped, even if it was left early, since the rows' memories hold what was read until
-    there. The evaluation loader starts anew with each iteration.
+    there. The evaluation loader starts again with each iteration.
 
     Args:
         store: the documents.
@@ -99,6 +99,10 @@ class SegmentLoader:
         self._delivered = state["epoch"] * self.plan.steps_per_epoch + state["step"]
         self._loaded = True
 
+    def follow(self, other: SegmentLoader) -> None:
+        """Let the next iteration go on where that of another loader of the stream would."""
+        self._delivered, self._loaded = other._delivered, other._loaded
+
     def batch(self, epoch: int, step: int) -> Batch:
         """The batch at a position, without moving there."""
         documents, offsets = self.plan.locate(epoch, step)
@@ -106,7 +110,8 @@ class SegmentLoader:
         shape = (len(documents), self.plan.segment_length)
         input_ids = np.zeros(shape, dtype=np.int64)
         targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        num_bytes = np.zeros(len(documents), dtype=np.float64)
+        text_bytes = np.zeros(len(documents), dtype=np.int64)
+        text_tokens = np.ones(len(documents), dtype=np.int64)
         for row, (document, offset) in enumerate(zip(documents, offsets, strict=True)):
             if document == IDLE:
                 continue
@@ -114,12 +119,14 @@ class SegmentLoader:
             counted = len(piece) - 1
             input_ids[row, :counted] = piece[:-1]
             targets[row, :counted] = piece[1:]
-            num_bytes[row] = self.store.num_bytes[document] * counted / self.store.lengths[document]
+            text_bytes[row] = self.store.num_bytes[document]
+            text_tokens[row] = self.store.lengths[document]
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             targets=torch.from_numpy(targets),
             reset=torch.from_numpy(offsets == 0),
             document=torch.from_numpy(documents),
             position=torch.from_numpy(offsets),
-            num_bytes=torch.from_numpy(num_bytes),
+            text_bytes=torch.from_numpy(text_bytes),
+            text_tokens=torch.from_numpy(text_tokens),
         )

@@ -2,105 +2,92 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from itertools import chain, groupby, takewhile
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from itertools import chain, groupby
 from pathlib import Path
 
-from .documents import Document, Origin, Source, Wanted
-from .records import builder_of, is_plain_json, record_files
+from .compression import kind_of
+from .documents import Entry, Origin, Source, readable
+from .files import FoundFile, find_files
+from .record_files import READERS, record_files
+from .records import Records
 from .settings import Grouping
 from .text_files import TextFiles, TextGroup
 
 
-def open_files(origin: Origin, text_column: str, group: Grouping) -> Source:
+def open_files(
+    origin: Origin, text_column: str, group: Grouping, cache_dir: Path | None = None
+) -> Source:
     """Open the files that ``origin.value`` names.
 
     With ``group="file"``, ``.jsonl`` and ``.parquet`` files hold one document per record, and so do
-    ``.json`` files unless other kinds stand beside them, as in a folder of source code. Any other
+    ``.json`` files unless there are other kinds too, as in a folder of source code. Any other
     file is one document. With ``group="folder"`` every file is text, and the files of each
-    top-level folder are joined in path order; files beside those folders are documents of their
-    own. Hidden files and folders are left out.
+    top-level folder are joined in path order; files next to those folders are documents of their
+    own. Hidden files and folders, and what this program wrote, are left out.
 
     Raises:
         ConfigError: nothing is there, or no file that can be read.
     """
-    root, files = find_files(origin)
-    if group == "folder":
-        text = TextFiles(_groups_by_folder(root, files), origin)
-        return _checked(text, origin)
+    files, outputs = find_files(origin, cache_dir)
+    source = _source(files, text_column, group, origin)
+    if outputs:
+        more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
+        source.notes.append(
+            f"{origin.value}: left out what this program wrote: {readable(outputs[0])}{more}"
+        )
+    return source
 
-    builders = {file: builder_of(file) for file in files}
-    mixed = None in builders.values()
+
+def _source(
+    files: Sequence[FoundFile], text_column: str, group: Grouping, origin: Origin
+) -> Source:
+    if group == "folder":
+        return _checked(TextFiles(_groups_by_folder(files), origin), origin)
+    kinds = {file: kind_of(file.path) for file in files}
+    mixed = any(kind not in READERS for kind in kinds.values())
+    # A .json file as often holds settings as records.
     records = [
-        file
-        for file, builder in builders.items()
-        if builder is not None and not (mixed and is_plain_json(file))
+        file for file, kind in kinds.items() if kind in READERS and not (mixed and kind == ".json")
     ]
     taken = set(records)
-    texts = [
-        TextGroup(file.relative_to(root).as_posix(), [file]) for file in files if file not in taken
-    ]
+    texts = [TextGroup(file.name, [file.path]) for file in files if file not in taken]
     parts: list[Source] = []
     if records:
-        parts.append(record_files(records, root, text_column, origin))
+        parts.append(Records(record_files(records, text_column, origin), text_column, origin))
     if texts:
         text = TextFiles(texts, origin)
         parts.append(text if records else _checked(text, origin))
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def find_files(origin: Origin) -> tuple[Path, list[Path]]:
-    """The files that a path or glob names, in path order, and the folder that they stand in.
-
-    Raises:
-        ConfigError: the path does not exist, or there is no file that is not hidden.
-    """
-    path = Path(origin.value).expanduser()
-    if path.is_file():
-        return path.parent, [path]
-    if path.is_dir():
-        root, found = path, path.rglob("*")
-    elif glob.has_magic(str(path)):
-        root = _fixed_part(path)
-        found = (Path(match) for match in glob.iglob(str(path), recursive=True))
-    else:
-        raise origin.error(
-            f"no such file or folder in {os.getcwd()}; give 'stdlib', a file, a folder, a glob or "
-            "hub:owner/name"
-        )
-    files = sorted(
-        {file for file in found if file.is_file() and not _hidden(file.relative_to(root))},
-        key=lambda file: file.parts,
-    )
-    if not files:
-        kind = "the folder holds no file" if path.is_dir() else "the glob matches no file"
-        raise origin.error(f"{kind} (hidden ones are left out)")
-    return root, files
-
-
-class Chain:
+class Chain(Source):
     """Several sources, one after the other."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
+        super().__init__()
         self.parts = parts
 
-    def names(self) -> Iterator[str]:
-        """The names of all parts' documents."""
-        return chain.from_iterable(part.names() for part in self.parts)
-
-    def documents(self, wanted: Wanted) -> Iterator[Document]:
-        """The wanted documents of all parts."""
-        return chain.from_iterable(part.documents(wanted) for part in self.parts)
+    def entries(self) -> Iterator[Entry]:
+        """The documents of all parts."""
+        return chain.from_iterable(part.entries() for part in self.parts)
 
     def fingerprint(self) -> str:
         """Hash of the parts' fingerprints."""
         key = "\n".join(part.fingerprint() for part in self.parts)
         return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
-    def report(self) -> list[str]:
+    def places(self) -> set[Hashable]:
+        """The places of all parts."""
+        return set().union(*(part.places() for part in self.parts))
+
+    def leave_out(self, places: Collection[Hashable]) -> None:
+        """Leave places out of every part."""
+        for part in self.parts:
+            part.leave_out(places)
+
+    def lines(self) -> list[str]:
         """The parts' lines."""
         return [line for part in self.parts for line in part.report()]
 
@@ -111,18 +98,9 @@ def _checked(source: TextFiles, origin: Origin) -> TextFiles:
     return source
 
 
-def _groups_by_folder(root: Path, files: Sequence[Path]) -> list[TextGroup]:
+def _groups_by_folder(files: Sequence[FoundFile]) -> list[TextGroup]:
     """Files come sorted by their parts, so a folder's files are neighbours."""
     return [
-        TextGroup(name, list(members))
-        for name, members in groupby(files, lambda file: file.relative_to(root).parts[0])
+        TextGroup(name, [file.path for file in members])
+        for name, members in groupby(files, lambda file: file.name.split("/")[0])
     ]
-
-
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
-
-
-def _fixed_part(pattern: Path) -> Path:
-    """The folder before a glob's first wildcard."""
-    return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1]))

@@ -1,6 +1,6 @@
 """From text to a token store, once; afterwards the cache answers.
 
-A store stands in ``cache_dir/<fingerprint>/``. It is written into a temporary folder beside it and
+A store is in ``cache_dir/<fingerprint>/``. It is written into a temporary folder next to it and
 moved into place by one rename, so that a store is either complete or not there. A lock lets a
 second process wait for the first and then use its store; the system frees a dead process's lock.
 """
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, UserError
 from .documents import Document, first_line
 from .settings import SPLITS, CorpusSettings, TokenizerSettings
-from .sources import Reading, fingerprint_sources, open_sources
+from .sources import Reading, fingerprint_sources, open_sources, refuse_leaks
 from .store import FORMAT, TOKENIZER_FOLDER, SplitWriter, read_manifest, token_dtype, write_manifest
 from .tokenization import (
     BPE,
@@ -63,7 +63,8 @@ def prepare_store(
     Raises:
         UserError: a source, the tokenizer or the cache folder cannot be used, or a split is empty.
     """
-    readings = open_sources(settings.sources)
+    readings = open_sources(settings.sources, cache_dir)
+    refuse_leaks(readings)
     tokenizer = _open_tokenizer(settings.tokenizer)
     folder = cache_dir / _fingerprint(settings, readings, tokenizer)
     if read_manifest(folder) is not None:
@@ -144,7 +145,10 @@ def _write_store(
         for reading in readings:
             documents = _progress(reading.source.documents(_everything), "tokenising")
             long_enough = _long_enough(documents, reading.split_of, writers, settings.shortest)
-            for document, tokens in encode_in_order(encode, long_enough, num_workers):
+            encoded = encode_in_order(
+                encode, long_enough, num_workers, settings.tokenizer.tokenizer
+            )
+            for document, tokens in encoded:
                 num_bytes = len(document.text.encode("utf-8"))
                 writers[reading.split_of(document.name)].add(document.name, tokens, num_bytes)
             for line in reading.source.report():

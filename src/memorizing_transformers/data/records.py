@@ -1,129 +1,136 @@
-"""Records with a text column as documents: JSON, JSON lines, Parquet, and datasets of the hub."""
+"""Records with a text column as documents."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from .documents import Document, Origin, Wanted, first_line
-from .text_files import hash_file
+from .documents import Entry, Origin, Source, first_line, readable
 
 NAME_COLUMNS = ("title", "name", "id")
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+RULES = "records 2"
+"""Part of the fingerprint; changes whenever names or texts of the same records do."""
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, as JSON can spell it, stands for no character."""
 
 
 class RecordStream(NamedTuple):
-    """Records of one place, opened anew for each reading."""
+    """Records of one place, opened again for each reading."""
 
-    place: str
-    """Where the records stand, for errors; also the name of records that bear none."""
+    name: str
+    """Where the records are, for errors; also the name of records that bear none."""
     open: Callable[[], Iterable[Mapping[str, Any]]]
+    content: Callable[[], str]
+    """A hash of what is there."""
+    place: Hashable
+    """What is the same whatever the place is called."""
 
 
-class Records:
+class Records(Source):
     """Documents made of records.
 
     A document's name is the record's ``title``, ``name`` or ``id``, whichever is filled first, else
-    its place and its number there.
+    its place and its number there. Columns other than these and the text column are not looked at.
 
     Args:
         streams: where the records come from, in reading order.
-        content: a hash of what the streams hold.
-        text_column: the column that holds a document's text; an empty value is an empty document.
+        text_column: the column that holds a document's text; a record without it, or with an empty
+            one, is an empty document.
         origin: the setting to name in errors.
 
     Raises:
-        ConfigError: the text column is missing or holds no text, or a record cannot be read.
+        ConfigError: the text column is missing or empty in all records of a place or holds no text,
+            or a record cannot be read.
     """
 
-    def __init__(
-        self,
-        streams: Sequence[RecordStream],
-        content: Callable[[], str],
-        text_column: str,
-        origin: Origin,
-    ) -> None:
-        self.streams = streams
-        self.content = content
+    def __init__(self, streams: Sequence[RecordStream], text_column: str, origin: Origin) -> None:
+        super().__init__()
+        self.streams = list(streams)
         self.text_column = text_column
         self.origin = origin
         self.replaced: set[str] = set()
 
-    def names(self) -> Iterator[str]:
-        """The documents' names, in order; this reads every record."""
-        return (name for name, _ in self._records())
-
-    def documents(self, wanted: Wanted) -> Iterator[Document]:
-        """Read the wanted documents, one at a time."""
-        for name, record in self._records():
-            if wanted(name):
-                text = self._text(record)
-                if "\ufffd" in text:
-                    self.replaced.add(name)
-                yield Document(name, text)
+    def entries(self) -> Iterator[Entry]:
+        """The documents, in order."""
+        seen: dict[str, bool] = {}
+        for stream in self.streams:
+            here: dict[str, Any] = {}
+            count = 0
+            for count, record in enumerate(self._read(stream), 1):
+                if self.text_column not in here or not seen.get(self.text_column):
+                    here.update(record)
+                    _note_columns(seen, record)
+                text = record.get(self.text_column)
+                if text is not None and not isinstance(text, str):
+                    what = f"column {self.text_column!r} holds {type(text).__name__}, not text"
+                    raise self._no_text(what, _with_text(record))
+                name = _record_name(record, f"{stream.name}-{count - 1:06d}")
+                yield Entry(name, partial(self._text, name, text or ""))
+            if count and self.text_column not in here:
+                with_text = [name for name in here if seen[name]]
+                others = [name for name in here if not seen[name]] if with_text else []
+                raise self._no_text(f"no column {self.text_column!r}", with_text + others)
+        if seen and not seen[self.text_column]:
+            what = f"column {self.text_column!r} is empty in all records"
+            raise self._no_text(what, [name for name in seen if seen[name]])
 
     def fingerprint(self) -> str:
         """Hash of the content and of the column that is read."""
-        key = f"{self.content()}\n{self.text_column}"
-        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        key = [RULES, self.text_column, *(stream.content() for stream in self.streams)]
+        return hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
 
-    def report(self) -> list[str]:
+    def places(self) -> set[Hashable]:
+        """The files or splits of datasets."""
+        return {stream.place for stream in self.streams}
+
+    def leave_out(self, places: Collection[Hashable]) -> None:
+        """Read none of these files or splits."""
+        self.streams = [stream for stream in self.streams if stream.place not in places]
+
+    def lines(self) -> list[str]:
         """A line about documents with replaced bytes, as far as documents were read."""
         if not self.replaced:
             return []
         return [
             f"{self.origin.value}: U+FFFD, which stands for bytes that are not UTF-8, in "
-            f"{len(self.replaced)} documents, e.g. {min(self.replaced)}"
+            f"{len(self.replaced)} documents, e.g. {readable(min(self.replaced))}"
         ]
 
-    def _records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        for stream in self.streams:
-            for index, record in enumerate(self._read(stream)):
-                yield _record_name(record, f"{stream.place}-{index:06d}"), record
+    def _text(self, name: str, text: str) -> str:
+        text = HALF_PAIR.sub("\ufffd", text)
+        if "\ufffd" in text:
+            self.replaced.add(name)
+        return text
 
     def _read(self, stream: RecordStream) -> Iterator[Mapping[str, Any]]:
         try:
-            records = iter(stream.open())
+            yield from stream.open()
         except StopIteration:
-            return  # `datasets` says so of a file with no record
+            return  # `datasets` says so of a split with no record
+        # Every reader has its own errors (Arrow, gzip, zlib, the network), hence so wide a net.
         except Exception as error:
-            raise self._unreadable(stream, error) from error
-        while True:
-            # Every reader has its own errors (Arrow, gzip, zlib, the network), hence so wide a net.
-            try:
-                record = next(records)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise self._unreadable(stream, error) from error
-            yield record
-
-    def _unreadable(self, stream: RecordStream, error: Exception) -> Exception:
-        return self.origin.error(
-            f"cannot read records of {stream.place} ({first_line(error)}); mend or leave it out"
-        )
-
-    def _text(self, record: Mapping[str, Any]) -> str:
-        if self.text_column not in record:
             raise self.origin.error(
-                f"no column {self.text_column!r}; set data.text_column to one of "
-                f"{', '.join(record)}"
-            )
-        text = record[self.text_column]
-        if text is None:
-            return ""
-        if not isinstance(text, str):
-            others = [column for column in record if column != self.text_column]
-            raise self.origin.error(
-                f"column {self.text_column!r} holds {type(text).__name__}, not text; set "
-                f"data.text_column to one of {', '.join(others)}"
-            )
-        return text
+                f"cannot read records of {readable(stream.name)} ({first_line(error)}); mend or "
+                "leave it out"
+            ) from error
+
+    def _no_text(self, what: str, columns: Sequence[str]) -> Exception:
+        if not columns:
+            return self.origin.error(f"{what}; the records have no text column")
+        return self.origin.error(f"{what}; set data.text_column to one of {', '.join(columns)}")
+
+
+def _with_text(record: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in record.items() if isinstance(value, str)]
+
+
+def _note_columns(columns: dict[str, bool], record: Mapping[str, Any]) -> None:
+    """Add a record's columns, and whether each held text so far."""
+    for name, value in record.items():
+        columns[name] = columns.get(name, False) or isinstance(value, str)
 
 
 def _record_name(record: Mapping[str, Any], fallback: str) -> str:
@@ -132,59 +139,3 @@ def _record_name(record: Mapping[str, Any], fallback: str) -> str:
         if value is not None and str(value):
             return str(value)
     return fallback
-
-
-def builder_of(file: Path) -> str | None:
-    """The `datasets` builder that reads this kind of file, None for a text file."""
-    return BUILDERS.get(_kind(file))
-
-
-def is_plain_json(file: Path) -> bool:
-    """Whether the file is ``.json``, which as often holds settings as records."""
-    return _kind(file) == ".json"
-
-
-def _kind(file: Path) -> str:
-    """The suffix behind which no compression stands, in lower case; empty if there is none."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def record_files(files: Sequence[Path], root: Path, text_column: str, origin: Origin) -> Records:
-    """The records of JSON and Parquet files, streamed file by file.
-
-    Args:
-        files: in reading order; each of a kind that `builder_of` knows.
-        root: the folder that names of records without a name are relative to.
-        text_column: the column that holds the text.
-        origin: the setting to name in errors.
-    """
-
-    def content() -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for file in files:
-            digest.update(f"file {file.relative_to(root)}\n".encode("utf-8", "surrogateescape"))
-            digest.update(hash_file(file, origin))
-        return digest.hexdigest()
-
-    streams = [
-        RecordStream(file.relative_to(root).as_posix(), lambda file=file: _open_records(file))  # type: ignore[misc]
-        for file in files
-    ]
-    return Records(streams, content, text_column, origin)
-
-
-def _open_records(file: Path) -> Iterable[Mapping[str, Any]]:
-    from datasets import load_dataset
-
-    # It prints a damaged line's error before raising it; ours says it once.
-    logging.getLogger("datasets.packaged_modules.json.json").disabled = True
-    builder = builder_of(file)
-    assert builder is not None
-    # Spelled otherwise than "utf-8", else the builder hands the bytes to Arrow unmended.
-    options = {"encoding": "utf8", "encoding_errors": "replace"} if builder == "json" else {}
-    return load_dataset(
-        builder, data_files=[glob.escape(str(file))], split="train", streaming=True, **options
-    )

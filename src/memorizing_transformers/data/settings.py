@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import ConfigError
+from .documents import readable
 from .tokenization import BYTES, NUM_BYTES
 
 SPLITS = ("train", "validation", "test")
@@ -14,6 +15,17 @@ STDLIB_MIN_CHARACTERS = 2_000
 """Shorter documents of the standard library are left out unless `min_characters` is given."""
 
 Grouping = Literal["file", "folder"]
+
+
+def check_unicode(key: str, value: str | None) -> None:
+    """Refuse a name whose bytes are not UTF-8: logs and saved settings could not hold it.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if value is not None and readable(value) != value:
+        remedy = "is not UTF-8; rename it, or give a glob with ? in place of such bytes"
+        raise ConfigError(key, readable(value), remedy)
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,9 @@ class SourceSettings:
     test_fraction: float = 0.05
 
     def __post_init__(self) -> None:
+        check_unicode("data.source", self.source)
+        check_unicode("data.validation_source", self.validation_source)
+        check_unicode("data.test_source", self.test_source)
         if self.group not in ("file", "folder"):
             raise ConfigError("data.group", self.group, "must be 'file' or 'folder'")
         for key, value in self.fractions.items():
@@ -65,6 +80,7 @@ class TokenizerSettings:
     bpe_train_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
+        check_unicode("data.tokenizer", self.tokenizer)
         if self.bpe_vocab_size < NUM_BYTES:
             raise ConfigError(
                 "data.bpe_vocab_size", self.bpe_vocab_size, f"must be at least {NUM_BYTES}"

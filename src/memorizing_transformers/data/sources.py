@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ConfigError, UserError
 from .documents import Origin, Source
+from .files import find_files
 from .hub import PREFIX, HubDataset
-from .local import find_files, open_files
+from .local import open_files
 from .settings import SPLITS, STDLIB, SourceSettings
 from .standard_library import held_out_split, standard_library
 
@@ -23,10 +25,18 @@ class Reading(NamedTuple):
     """From a document's name to one of `splits`."""
     rule: str
     """The rule behind `split_of` in words, part of the fingerprint."""
+    origin: Origin
+    """The setting that names the source."""
 
 
-def open_sources(settings: SourceSettings) -> list[Reading]:
+def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> list[Reading]:
     """Open all sources; between them every split is covered whose fraction is not 0.
+
+    What is read for validation or test is not read for training too.
+
+    Args:
+        settings: where the text comes from.
+        cache_dir: the folder of token stores, which are no text.
 
     Raises:
         ConfigError: a source is missing, cannot be read or is too small to be split.
@@ -36,8 +46,9 @@ def open_sources(settings: SourceSettings) -> list[Reading]:
     given = {"validation": settings.validation_source, "test": settings.test_source}
     for split, value in given.items():
         if value is not None:
-            source = _open_whole(Origin(f"data.{split}_source", value), settings, split)
-            readings.append(_whole(source, split))
+            origin = Origin(f"data.{split}_source", value)
+            source = _open_whole(origin, settings, split, cache_dir)
+            readings.append(_whole(source, split, origin))
             open_splits.remove(split)
 
     origin = Origin("data.source", settings.source)
@@ -46,22 +57,23 @@ def open_sources(settings: SourceSettings) -> list[Reading]:
         for split in open_splits[1:]:
             own = hub.split(split)
             if own is not None:
-                readings.append(_whole(own, split))
+                readings.append(_whole(own, split, origin))
                 open_splits.remove(split)
         main: Source = hub.require("train")
     else:
-        main = _open_whole(origin, settings, "train")
+        main = _open_whole(origin, settings, "train", cache_dir)
+    _keep_apart(main, readings, origin)
 
     shares = {split: settings.fractions[split] for split in open_splits[1:]}
     shares = {split: share for split, share in shares.items() if share > 0}
     if not shares:
-        readings.append(_whole(main, "train"))
+        readings.append(_whole(main, "train", origin))
     elif settings.source == STDLIB:
-        readings.append(_standard_library_reading(main, tuple(shares)))
+        readings.append(_standard_library_reading(main, tuple(shares), origin))
     else:
         split_of = split_by_name(main.names(), shares, origin)
         rule = f"by name {sorted(shares.items())}"
-        readings.append(Reading(main, ("train", *shares), split_of, rule))
+        readings.append(Reading(main, ("train", *shares), split_of, rule, origin))
     return readings
 
 
@@ -96,8 +108,8 @@ def split_by_name(
 ) -> Callable[[str], str]:
     """Cut splits off by a hash of each document's name.
 
-    A name always hashes to the same split, whatever stands beside it. Only if a split would get no
-    document at all does it get the one that hashes nearest to it.
+    A name always hashes to the same split, whatever other names there are. A split that would get
+    no document at all gets the one that hashes nearest to it.
 
     Args:
         names: of all documents.
@@ -123,7 +135,7 @@ def split_by_name(
 
 def name_point(name: str) -> float:
     """A name's hash as a number of the unit interval."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -155,21 +167,55 @@ def _fill_empty_splits(points: Mapping[str, float], shares: Mapping[str, float])
     return moved
 
 
-def _standard_library_reading(source: Source, held_out: tuple[str, ...]) -> Reading:
+def _standard_library_reading(source: Source, held_out: tuple[str, ...], origin: Origin) -> Reading:
     def split_of(name: str) -> str:
         split = held_out_split(name)
         return split if split in held_out else "train"
 
-    return Reading(source, ("train", *held_out), split_of, f"held-out packages {held_out}")
+    rule = f"held-out packages {held_out}"
+    return Reading(source, ("train", *held_out), split_of, rule, origin)
 
 
-def _whole(source: Source, split: str) -> Reading:
-    return Reading(source, (split,), lambda name: split, f"all to {split}")
+def _whole(source: Source, split: str, origin: Origin) -> Reading:
+    return Reading(source, (split,), lambda name: split, f"all to {split}", origin)
 
 
-def _open_whole(origin: Origin, settings: SourceSettings, role: str) -> Source:
+def refuse_leaks(readings: Iterable[Reading]) -> None:
+    """Refuse to train on nothing but what is read for validation or test too.
+
+    Raises:
+        ConfigError: naming the sources that agree.
+    """
+    held_out = [reading for reading in readings if "train" not in reading.splits]
+    for reading in readings:
+        keys = _shared(reading.source, held_out) if "train" in reading.splits else {}
+        if keys:
+            both = " and ".join(sorted({*keys.values()}))
+            raise reading.origin.error(f"{both} reads all of it too; give texts of its own to each")
+
+
+def _keep_apart(main: Source, held_out: Iterable[Reading], origin: Origin) -> None:
+    """Leave out of training what other sources read, and say so, unless nothing would be left."""
+    shared = _shared(main, held_out)
+    if shared and len(shared) < len(main.places()):
+        main.leave_out(shared.keys())
+        both = " and ".join(sorted({*shared.values()}))
+        main.notes.append(
+            f"{origin.value}: {len(shared)} files left out of training, {both} reads them too"
+        )
+
+
+def _shared(source: Source, others: Iterable[Reading]) -> dict[Hashable, str]:
+    """The places of a source that others read too, and the key of one of these."""
+    own = source.places()
+    return {place: other.origin.key for other in others for place in other.source.places() & own}
+
+
+def _open_whole(
+    origin: Origin, settings: SourceSettings, role: str, cache_dir: Path | None
+) -> Source:
     if origin.value == STDLIB:
         return standard_library(origin)
     if origin.value.startswith(PREFIX):
         return HubDataset(origin, settings.text_column).require(role, "train")
-    return open_files(origin, settings.text_column, settings.group)
+    return open_files(origin, settings.text_column, settings.group, cache_dir)

@@ -9,6 +9,7 @@ A store is a folder::
     train.bytes.npy      (D,) int64, UTF-8 bytes of each document
     train.names.json     the documents' names
     …                    the same for validation and test
+    CACHEDIR.TAG         says to backups, and to our own reading of folders, that this is a cache
 
 D documents of a split.
 """
@@ -31,6 +32,11 @@ FORMAT = 1
 """Raise it whenever the files or the way from text to tokens change."""
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+CACHE_TAG = "CACHEDIR.TAG"
+"""A folder that holds this file can be made again (https://bford.info/cachedir/)."""
+CACHE_TAG_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
+# This folder holds tokenised text, written by memorizing_transformers. It can be deleted.
+"""
 MIN_TOKENS = 2
 """A document of one token has nothing to predict."""
 
@@ -66,7 +72,7 @@ class TokenStore:
         return len(self.num_bytes)
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, str]]:
-        # Another process maps the files anew instead of receiving the tokens.
+        # Another process maps the files again instead of receiving the tokens.
         return TokenStore, (self.folder, self.split)
 
     def __repr__(self) -> str:
@@ -167,7 +173,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a folder whose other files are complete."""
-    files = {name: size for name, size in _sizes(folder) if name != MANIFEST}
+    files = {name: size for name, size in _sizes(folder) if name not in (MANIFEST, CACHE_TAG)}
+    (folder / CACHE_TAG).write_text(CACHE_TAG_TEXT, "utf-8")
     text = json.dumps({"format": FORMAT, **facts, "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
 

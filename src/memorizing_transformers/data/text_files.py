@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple
 
-from .documents import Document, Origin, Wanted, first_line
+from .compression import open_bytes
+from .documents import Entry, Origin, Source, first_line, readable
+from .files import place_of
 
-OPENERS: dict[str, Callable[..., IO[bytes]]] = {
-    ".gz": cast("Callable[..., IO[bytes]]", gzip.open),
-    ".bz2": cast("Callable[..., IO[bytes]]", bz2.open),
-    ".xz": cast("Callable[..., IO[bytes]]", lzma.open),
-}
 HASH_CHUNK = 1 << 20
 SNIFF_BYTES = 1024
+NO_DOCUMENT = b"<!-- memorizing_transformers: not a document -->"
+"""A file that begins with this is left out."""
 
 
 class TextGroup(NamedTuple):
@@ -29,11 +27,11 @@ class TextGroup(NamedTuple):
     files: list[Path]
 
 
-class TextFiles:
+class TextFiles(Source):
     """Documents made of text files.
 
-    Files that hold a NUL byte in their first kilobyte are taken for binary and left out; bytes that
-    are not UTF-8 are replaced by U+FFFD.
+    Files that hold a NUL byte in their first kilobyte are taken for binary and left out, and so are
+    files that begin with `NO_DOCUMENT`; bytes that are not UTF-8 are replaced by U+FFFD.
 
     Args:
         groups: one entry per document.
@@ -44,38 +42,44 @@ class TextFiles:
     """
 
     def __init__(self, groups: Sequence[TextGroup], origin: Origin) -> None:
+        super().__init__()
         self.origin = origin
         self.binary = 0
         self.replaced: set[Path] = set()
         self.groups: list[TextGroup] = []
         for group in groups:
-            texts = [file for file in group.files if not self._is_binary(file)]
-            self.binary += len(group.files) - len(texts)
+            texts = [file for file in group.files if self._is_text(file)]
             if texts:
                 self.groups.append(TextGroup(group.name, texts))
 
-    def names(self) -> Iterator[str]:
-        """The documents' names, in order."""
-        return (group.name for group in self.groups)
-
-    def documents(self, wanted: Wanted) -> Iterator[Document]:
-        """Read the wanted documents, one at a time."""
+    def entries(self) -> Iterator[Entry]:
+        """The documents, in order."""
         for group in self.groups:
-            if wanted(group.name):
-                texts = [self._read_text(file) for file in group.files]
-                yield Document(group.name, _join(texts))
+            yield Entry(group.name, partial(self._read_group, group.files))
 
     def fingerprint(self) -> str:
         """Hash of the documents' names and the raw bytes of their files."""
         digest = hashlib.blake2b(digest_size=16)
         for group in self.groups:
-            digest.update(f"document {group.name}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"document {readable(group.name)}\n".encode())
             for file in group.files:
-                digest.update(f"file {file.name}\n".encode("utf-8", "surrogateescape"))
+                digest.update(f"file {readable(file.name)}\n".encode())
                 digest.update(hash_file(file, self.origin))
         return digest.hexdigest()
 
-    def report(self) -> list[str]:
+    def places(self) -> set[Hashable]:
+        """The files."""
+        return {place_of(file) for group in self.groups for file in group.files}
+
+    def leave_out(self, places: Collection[Hashable]) -> None:
+        """Read none of these files; a group without files is no document."""
+        groups = [
+            TextGroup(group.name, [file for file in group.files if place_of(file) not in places])
+            for group in self.groups
+        ]
+        self.groups = [group for group in groups if group.files]
+
+    def lines(self) -> list[str]:
         """Lines about binary files and replaced bytes, as far as documents were read."""
         lines = []
         if self.binary:
@@ -83,21 +87,27 @@ class TextFiles:
         if self.replaced:
             lines.append(
                 f"{self.origin.value}: bytes that are not UTF-8 replaced by U+FFFD in "
-                f"{len(self.replaced)} files, e.g. {min(self.replaced)}"
+                f"{len(self.replaced)} files, e.g. {readable(min(self.replaced))}"
             )
         return lines
 
-    def _is_binary(self, file: Path) -> bool:
-        return b"\0" in self._read(file, SNIFF_BYTES)
+    def _is_text(self, file: Path) -> bool:
+        head = self._read(file, SNIFF_BYTES)
+        binary = b"\0" in head
+        self.binary += binary
+        return not binary and not head.startswith(NO_DOCUMENT)
 
     def _read(self, file: Path, size: int = -1) -> bytes:
         try:
-            with OPENERS.get(file.suffix.lower(), open)(file, "rb") as stream:
+            with open_bytes(file) as stream:
                 return stream.read(size)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
             raise self.origin.error(
-                f"cannot read {file} ({first_line(error)}); mend the file or leave it out"
+                f"cannot read {readable(file)} ({first_line(error)}); mend the file or leave it out"
             ) from error
+
+    def _read_group(self, files: Sequence[Path]) -> str:
+        return _join([self._read_text(file) for file in files])
 
     def _read_text(self, file: Path) -> str:
         raw = self._read(file)
@@ -116,7 +126,7 @@ def hash_file(file: Path, origin: Origin) -> bytes:
             while chunk := stream.read(HASH_CHUNK):
                 digest.update(chunk)
     except OSError as error:
-        raise origin.error(f"cannot read {file} ({first_line(error)})") from error
+        raise origin.error(f"cannot read {readable(file)} ({first_line(error)})") from error
     return digest.digest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..errors import ConfigError
 from .documents import Document, first_line
+from .encoding_rules import backend_of, encoding_rules, facts_of, text_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,20 +114,18 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np
 def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """A function from text to token ids, (L,) uint32, without special tokens.
 
+    Text that looks like a special token is text like any other, and nothing is cut off.
+
     Tokenizers of the `tokenizers` library encode outside Python's lock, so that several threads
     encode at once.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        return lambda text: np.asarray(
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32
-        )
-    if _rules(backend.to_str()) == _byte_rules():
+    backend = backend_of(tokenizer)
+    if backend is None:
+        how = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return lambda text: np.asarray(tokenizer(text, **how)["input_ids"], dtype=np.uint32)
+    if encoding_rules(backend) == _byte_rules():
         return _encode_bytes
-
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
+    copy = text_only(backend)
 
     def encode(text: str) -> NDArray[np.uint32]:
         # Only the batch methods let other threads run.
@@ -138,21 +136,45 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 
 def encode_in_order(
-    encode: Encoder, documents: Iterable[Document], num_workers: int
+    encode: Encoder, documents: Iterable[Document], num_workers: int, name: str = "?"
 ) -> Iterator[tuple[Document, NDArray[np.uint32]]]:
     """Encode documents in several threads, give them back in order.
 
     Threads suffice, since the `tokenizers` library works outside Python's lock. At most
     ``num_workers`` documents are held at a time.
+
+    Args:
+        encode: from `make_encoder`.
+        documents: read as they are needed.
+        num_workers: threads.
+        name: of the tokenizer, as the user gave it, for errors.
+
+    Raises:
+        ConfigError: the tokenizer cannot encode a document.
     """
+
+    def ids(document: Document) -> NDArray[np.uint32]:
+        try:
+            return encode(document.text)
+        except BaseException as error:
+            # Rust's panics are no `Exception`.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ConfigError(
+                "data.tokenizer",
+                name,
+                f"cannot encode {document.name!r} ({first_line(error)}); give a tokenizer that "
+                "takes any text, e.g. one with an unknown token, 'bytes' or 'bpe'",
+            ) from error
+
     if num_workers <= 1:
         for document in documents:
-            yield document, encode(document.text)
+            yield document, ids(document)
         return
     pending: deque[tuple[Document, Future[NDArray[np.uint32]]]] = deque()
     with ThreadPoolExecutor(num_workers) as pool:
         for document in documents:
-            pending.append((document, pool.submit(encode, document.text)))
+            pending.append((document, pool.submit(ids, document)))
             if len(pending) >= num_workers:
                 first, future = pending.popleft()
                 yield first, future.result()
@@ -163,12 +185,7 @@ def encode_in_order(
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides which ids a text gets."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if isinstance(backend, Tokenizer):
-        rules = _rules(backend.to_str())
-    else:
-        rules = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.blake2b(rules.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(facts_of(tokenizer).encode(), digest_size=16).hexdigest()
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -181,17 +198,9 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     )
 
 
-def _rules(serialized: str) -> str:
-    """A serialised tokenizer without what changes no id of a whole text."""
-    rules = json.loads(serialized)
-    for key in ("truncation", "padding", "decoder", "post_processor", "version"):
-        rules.pop(key, None)
-    return json.dumps(rules, sort_keys=True)
-
-
 @cache
 def _byte_rules() -> str:
-    return _rules(byte_tokenizer().backend_tokenizer.to_str())
+    return encoding_rules(byte_tokenizer().backend_tokenizer)
 
 
 def _encode_bytes(text: str) -> NDArray[np.uint32]:

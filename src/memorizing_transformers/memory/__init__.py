@@ -4,7 +4,7 @@ Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 """
 
 from .attend import MemoryAttention, attend
-from .bank import MemoryBank, Pairs
+from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
 from .refresh import drop_drifted, refresh
 from .ring import Memory
@@ -20,6 +20,7 @@ __all__ = [
     "Neighbours",
     "Pairs",
     "Search",
+    "SegmentPairs",
     "XLCache",
     "attend",
     "drop_drifted",

@@ -6,7 +6,8 @@ Forward reads a bank and changes nothing; ``commit`` writes a segment, once, aft
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +16,19 @@ from .ring import Memory
 
 Pairs = tuple[Tensor, Tensor]
 """A layer's keys and values of one segment, each (B, G, N, D)."""
+
+
+class SegmentPairs(NamedTuple):
+    """What a forward pass of one segment gives a bank to write, detached, by layer.
+
+    The two kinds may differ: a rotary model stores unrotated keys in its memory and rotated ones in
+    its cache.
+    """
+
+    memory: Mapping[int, Pairs]
+    """For the memories."""
+    cache: Mapping[int, Pairs]
+    """For the XL caches."""
 
 
 class MemoryBank:
@@ -38,7 +52,7 @@ class MemoryBank:
 
     def commit(
         self,
-        pairs: Sequence[Pairs],
+        pairs: SegmentPairs,
         mask: Tensor | None = None,
         token_ids: Tensor | None = None,
         step: int = 0,
@@ -46,7 +60,7 @@ class MemoryBank:
         """Write one segment into every memory and cache, each on its own device.
 
         Args:
-            pairs: by layer, what the forward pass of the segment returned.
+            pairs: what the forward pass of the segment returned.
             mask: (B, N) bool, True at real tokens; padding stands only at the right. None for all.
             token_ids: (B, N) the tokens of the segment, kept to explain retrievals later.
             step: the training step, kept to tell how stale a pair is.
@@ -54,12 +68,12 @@ class MemoryBank:
         Raises:
             ValueError: where ``pairs`` holds another number of rows.
         """
-        if pairs:
-            self._check_rows(pairs[0][0].shape[0])
+        for keys, _ in (*pairs.memory.values(), *pairs.cache.values()):
+            self._check_rows(keys.shape[0])
         for layer, memory in self.memories.items():
-            memory.write(*pairs[layer], mask=mask, token_ids=token_ids, step=step)
+            memory.write(*pairs.memory[layer], mask=mask, token_ids=token_ids, step=step)
         for layer, cache in self.caches.items():
-            cache.write(*pairs[layer], mask=mask)
+            cache.write(*pairs.cache[layer], mask=mask)
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Forget the rows where ``mask`` (B,) bool is True, or all rows: they are as new."""

@@ -9,7 +9,6 @@ Shapes: B rows, G key/value heads, Q queries, K neighbours, M slots, D head widt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -35,36 +34,38 @@ class Rows(NamedTuple):
     scales: Tensor | None = None
     """(B, G, M) factor of each stored row, or None."""
     reading: Reading | None = None
-    """Gives the store back as it was to a backward pass that comes after later writes."""
+    """Knows what the store held, for a backward pass that comes after later writes."""
 
-    def as_read(self) -> AbstractContextManager[None]:
-        """Within, the store holds what it held at the time of the forward pass."""
-        return nullcontext() if self.reading is None else self.reading.restored()
+    def select(self, index: Tensor) -> Tensor:
+        """Rows (n, D) in fp32 at flat indices (n,), as they were when ``reading`` was taken."""
+        chosen = self._entries(self.store, index).float()
+        if self.scales is not None:
+            chosen *= self._entries(self.scales, index)[:, None]
+        return chosen
+
+    def _entries(self, store: Tensor, index: Tensor) -> Tensor:
+        if self.reading is None:
+            return store.flatten(0, 2).index_select(0, index)
+        return self.reading.select(store, index)
 
 
-def _flat(rows: Rows) -> tuple[Tensor, Tensor]:
-    """The store as (B * G * M, D) and the slots as indices (B * G * Q, K) into it."""
-    batch, groups, size, width = rows.store.shape
+def _flat(rows: Rows) -> Tensor:
+    """The slots as indices (B * G * Q, K) into the store's first three dimensions."""
+    batch, groups, size, _ = rows.store.shape
     head = torch.arange(batch * groups, device=rows.slots.device).view(batch, groups, 1, 1)
-    index = rows.slots + head * size
-    return rows.store.reshape(-1, width), index.reshape(-1, index.shape[-1])
+    return (rows.slots + head * size).reshape(-1, rows.slots.shape[-1])
 
 
 def _chunks(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
     """Yield queries and their rows (q, K, D) in fp32."""
-    store, index = _flat(rows)
+    index, width = _flat(rows), rows.store.shape[-1]
     count, neighbours = index.shape
     valid = None if rows.valid is None else rows.valid.reshape(count, neighbours)
-    scales = None if rows.scales is None else rows.scales.reshape(-1)
     room = CHUNK_BYTES["cpu" if index.device.type == "cpu" else "cuda"]
-    step = max(1, room // (4 * neighbours * store.shape[1]))
+    step = max(1, room // (4 * neighbours * width))
     for start in range(0, count, step):
         part = slice(start, start + step)
-        chosen = index[part].reshape(-1)
-        gathered = store.index_select(0, chosen).float()
-        if scales is not None:
-            gathered *= scales[chosen, None]
-        gathered = gathered.view(-1, neighbours, store.shape[1])
+        gathered = rows.select(index[part].reshape(-1)).view(-1, neighbours, width)
         if valid is not None:
             gathered.masked_fill_(~valid[part, :, None], 0.0)
         yield part, gathered
@@ -84,13 +85,27 @@ def _weighted_sum(weights: Tensor, rows: Rows) -> Tensor:
     flat = weights.reshape(-1, weights.shape[-1])
     plain = rows.valid is None and rows.scales is None
     if plain and rows.store.dtype == torch.float32 and weights.device.type == "cpu":
-        store, index = _flat(rows)
-        out = F.embedding_bag(index, store, mode="sum", per_sample_weights=flat)
-    else:
-        out = torch.empty(flat.shape[0], width, dtype=torch.float32, device=weights.device)
-        for part, gathered in _chunks(rows):
-            out[part] = torch.bmm(flat[part, None], gathered).squeeze(1)
+        return _bags(flat, rows).view(batch, groups, -1, width)
+    out = torch.empty(flat.shape[0], width, dtype=torch.float32, device=weights.device)
+    for part, gathered in _chunks(rows):
+        out[part] = torch.bmm(flat[part, None], gathered).squeeze(1)
     return out.view(batch, groups, -1, width)
+
+
+def _bags(weights: Tensor, rows: Rows) -> Tensor:
+    """Weighted sums (B * G * Q, D), as a CPU does them fastest: without gathering, if possible."""
+    index = _flat(rows)
+    if rows.reading is None or not rows.reading.differs(index.reshape(-1)):
+        store = rows.store.flatten(0, 2)
+        return F.embedding_bag(index, store, mode="sum", per_sample_weights=weights)
+    out = torch.empty(len(index), rows.store.shape[-1], dtype=torch.float32)
+    for part, gathered in _chunks(rows):
+        own = torch.arange(gathered.shape[0] * gathered.shape[1]).view(gathered.shape[:2])
+        # The same kernel, so the same rounding.
+        out[part] = F.embedding_bag(
+            own, gathered.flatten(0, 1), mode="sum", per_sample_weights=weights[part]
+        )
+    return out
 
 
 class _Dots(torch.autograd.Function):
@@ -101,8 +116,7 @@ class _Dots(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        with ctx.rows.as_read():
-            return weighted_sum(grads[0], ctx.rows), None
+        return weighted_sum(grads[0], ctx.rows), None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -113,8 +127,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        with ctx.rows.as_read():
-            return dots(grads[0], ctx.rows), None
+        return dots(grads[0], ctx.rows), None
 
 
 def dots(x: Tensor, rows: Rows) -> Tensor:

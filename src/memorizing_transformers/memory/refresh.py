@@ -10,7 +10,7 @@ Shapes: B rows, N tokens of a segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bank import MemoryBank, Pairs
+from .bank import MemoryBank, SegmentPairs
 from .cache import XLCache
 from .ring import Memory
 
-Encode = Callable[[Tensor, MemoryBank], Sequence[Pairs]]
-"""By layer, up to the last memory layer, the pairs of tokens (B, N), on any device, that follow
-what is stored."""
+Encode = Callable[[Tensor, MemoryBank], SegmentPairs]
+"""The pairs, up to the last memory layer, of tokens (B, N), on any device, that follow what is
+stored."""
 
 
 class _Document:
@@ -121,7 +121,7 @@ def oldest_drift(encode: Encode, bank: MemoryBank, segment: int) -> tuple[Tensor
     memory = document.memory
     ids, there = document.tokens(document.start)
     read = MemoryBank(bank.batch_size, {}, document.caches_before_start())
-    fresh = encode(ids, read)[min(bank.memories)][0].to(memory.device).float()
+    fresh = encode(ids, read).memory[min(bank.memories)][0].to(memory.device).float()
     numbers = document.start[:, None] + torch.arange(segment, device=ids.device)
     slots = (numbers - memory.origin[:, None]) % memory.size
     rows = torch.arange(bank.batch_size, device=ids.device)[:, None]

@@ -2,8 +2,8 @@
 
 Shapes: B rows, G key/value heads, M slots, N tokens of a segment, D head width.
 
-A slot costs ``2 * G * D`` numbers in the storage dtype (``storage.py``) and 12 bytes of bookkeeping
-(token id, position, step). Writing a segment costs O(N) per row, resetting a row O(1).
+A slot costs ``2 * G * D`` numbers in the storage dtype (``storage.py``) and 8 bytes of bookkeeping
+(token id, step). Writing a segment costs O(N) per row, resetting a row O(1).
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ class Memory:
             self.value_scales = torch.zeros_like(self.key_scales)
         self.token_ids = torch.zeros(slots, dtype=torch.int32, device=device)
         """(B, M) the token that a slot's pair was computed from."""
-        self.positions = torch.zeros(slots, dtype=torch.int32, device=device)
-        """(B, M) its offset in its document, in tokens."""
         self.steps = torch.zeros(slots, dtype=torch.int32, device=device)
         """(B, M) the training step whose weights wrote it."""
         self.written = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -76,11 +74,18 @@ class Memory:
 
     def reading(self) -> Reading:
         """The pairs as of now, for a backward pass that may come after later writes."""
-        names = [*SCALES, *SCALES.values()]
-        stores = {name: getattr(self, name) for name in names}
-        reading = Reading({name: store for name, store in stores.items() if store is not None})
+        stores = [getattr(self, name) for name in (*SCALES, *SCALES.values())]
+        reading = Reading([store for store in stores if store is not None])
         self._readings.add(reading)
         return reading
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Backward passes that may still come are this process's own, and so are weak references.
+        return {**self.__dict__, "_readings": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._readings = WeakSet()
 
     def keys_at(self, index: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """Keys in a floating dtype, restored if stored as int8; perhaps a view, so not to change.
@@ -134,6 +139,14 @@ class Memory:
         newest = (self.written - self.origin)[:, None] - 1
         return (newest - torch.arange(self.size, device=newest.device)) % self.size
 
+    @property
+    def positions(self) -> Tensor:
+        """(B, M) int64: offset in its document, in tokens, of the token behind a slot's pair.
+
+        It is the pair's number, so nothing need be stored. Meaningless where no pair is held.
+        """
+        return self.written[:, None] - 1 - self.age()
+
     @torch.no_grad()
     def write(
         self,
@@ -175,7 +188,6 @@ class Memory:
                 new, scales[rows, :, slots] = quantize(new)
             stored: Tensor = getattr(self, name)
             stored[rows, :, slots] = new.to(stored.dtype)
-        self.positions[rows, slots] = positions.to(torch.int32)
         self.steps[rows, slots] = step
         if token_ids is not None:
             self.token_ids[rows, slots] = token_ids.to(device)[rows, tokens].to(torch.int32)
@@ -231,7 +243,7 @@ class Memory:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the memory, by name; the first dimension is the row."""
-        names = ["keys", "values", "token_ids", "positions", "steps"]
+        names = ["keys", "values", "token_ids", "steps"]
         names += ["written", "origin", "oldest"]
         if self.key_scales is not None:
             names += SCALES.values()
@@ -245,7 +257,7 @@ class Memory:
 
         A smaller memory keeps the newest pairs.
         """
-        everywhere = torch.ones_like(self.positions, dtype=torch.bool).nonzero(as_tuple=True)
+        everywhere = torch.ones_like(self.token_ids, dtype=torch.bool).nonzero(as_tuple=True)
         for reading in self._readings:
             reading.keep(*everywhere)
         self.document += 1

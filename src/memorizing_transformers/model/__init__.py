@@ -1,7 +1,17 @@
 """The memorizing transformer, plain torch."""
 
-from .attention import Retrieval
 from .config import MemoryConfig, ModelConfig
+from .gates import GATES, Gate
+from .reader import MemoryReader, Retrieval
 from .transformer import ModelOutput, Transformer
 
-__all__ = ["MemoryConfig", "ModelConfig", "ModelOutput", "Retrieval", "Transformer"]
+__all__ = [
+    "GATES",
+    "Gate",
+    "MemoryConfig",
+    "MemoryReader",
+    "ModelConfig",
+    "ModelOutput",
+    "Retrieval",
+    "Transformer",
+]

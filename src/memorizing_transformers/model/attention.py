@@ -6,38 +6,16 @@ R = H / G query heads a key/value head, D head width, K neighbours.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory import Memory, MemoryAttention, Pairs, Search, XLCache, attend
-from .bias import LocalBias, MemoryBias
+from ..memory import Memory, Pairs, Search, XLCache
+from .bias import LocalBias
 from .compiled import dense
 from .config import ModelConfig
 from .local import local_attention
-
-
-class Retrieval(NamedTuple):
-    """What a memory layer retrieved for one segment, detached; on the device of the memory."""
-
-    slots: Tensor
-    """(B, H, N, K) int64 slots of the row's memory, best first; meaningless where not ``valid``."""
-    valid: Tensor
-    """(B, H, N, K) bool."""
-    weights: Tensor
-    """(B, H, N, K) softmax over the neighbours."""
-    share: Tensor
-    """(B, H, N) share of the layer's output that comes from the memory; on the model's device, for
-    a copy would wait for a GPU."""
-    queries: Tensor
-    """(B, H, N, D) what was searched for."""
-
-    def parts(self) -> Tensor:
-        """(B, H, N, K) each neighbour's part of its head's output, on the device of the memory."""
-        return self.weights * self.share.to(self.weights.device)[..., None]
+from .reader import MemoryReader, Retrieval
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -145,11 +123,7 @@ class Attention(nn.Module):
 
 
 class MemoryLayerAttention(Attention):
-    """Attention that also reaches the row's memory.
-
-    Each head's queries, the same ones that serve local attention, retrieve ``top_k`` pairs of their
-    row and key/value head. The output is ``share * memory + (1 - share) * local``; where the memory
-    is empty the share is 0, so the layer is plain local attention. Wu et al., 2022, section 3.1.
+    """Attention that also reaches the row's memory, with the same queries.
 
     Args:
         config: the model.
@@ -158,91 +132,20 @@ class MemoryLayerAttention(Attention):
 
     def __init__(self, config: ModelConfig, search: Search) -> None:
         super().__init__(config)
-        memory = config.memory
-        self.search = search
-        self.top_k = memory.top_k
-        self.combine = memory.combine
-        self.fixed_value = memory.fixed_value
-        gate_logit = math.log(memory.gate_init / (1 - memory.gate_init))
-        self.gate: nn.Parameter | nn.Linear | None = None
-        if self.combine == "gate":
-            self.gate = nn.Parameter(torch.full((self.num_heads,), gate_logit))
-        elif self.combine == "content":
-            self.gate = nn.Linear(config.d_model, self.num_heads)
-            nn.init.constant_(self.gate.bias, gate_logit)
-        self.memory_bias: MemoryBias | None = None
-        if memory.position_bias != "none":
-            self.memory_bias = MemoryBias(
-                memory.position_bias, self.num_heads, memory.bias_buckets, memory.bias_max_distance
-            )
-
-    def memory_parameters(self) -> list[nn.Parameter]:
-        """The parameters that only matter while there is a memory."""
-        parameters = [self.gate] if isinstance(self.gate, nn.Parameter) else []
-        for module in (self.gate, self.memory_bias):
-            if isinstance(module, nn.Module):
-                parameters += list(module.parameters())
-        return parameters
-
-    def retrieve(self, q: Tensor, memory: Memory) -> tuple[MemoryAttention, Tensor, Tensor]:
-        """Search with detached queries, attend with live ones.
-
-        Args:
-            q: (B, H, N, D) scaled queries, on the memory's device.
-            memory: the layer's memory.
-
-        Returns:
-            the attention with its head dimensions as (B, H, N, ...), slots and their validity
-            (B, H, N, K).
-        """
-        batch, _, segment, width = q.shape
-        grouped = q.reshape(batch, self.num_kv_heads, -1, width)
-        with torch.autocast(q.device.type, enabled=False):
-            neighbours = self.search(grouped.detach(), memory, self.top_k)
-        shape = (batch, self.num_heads, segment)
-        slots, valid = (x.reshape(*shape, -1) for x in neighbours)
-        bias = None
-        if self.memory_bias is not None:
-            row = torch.arange(batch, device=q.device)[:, None, None, None]
-            safe = slots.masked_fill(~valid, 0)
-            here = memory.written[:, None] + torch.arange(segment, device=q.device)
-            distance = here[:, None, :, None] - memory.positions[row, safe]
-            bias = self.memory_bias(distance, memory.age()[row, safe], memory.size)
-            bias = bias.reshape(*grouped.shape[:3], -1)
-        found = attend(grouped, memory, neighbours, bias)
-        return MemoryAttention(*(x.reshape(*shape, *x.shape[3:]) for x in found)), slots, valid
-
-    def share(self, x: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
-        """Share of the memory, broadcastable to (B, H, N), before empty memories are excused."""
-        if self.combine == "joint":
-            assert local_mass is not None
-            # One softmax over both sets weighs each set's own softmax by its part of the mass.
-            return torch.sigmoid(memory_mass - local_mass)
-        if self.combine == "fixed":
-            return torch.full_like(memory_mass, self.fixed_value)
-        if isinstance(self.gate, nn.Linear):
-            return torch.sigmoid(self.gate(x).float()).transpose(1, 2)
-        assert self.gate is not None
-        return torch.sigmoid(self.gate.float())[:, None]
+        self.reader = MemoryReader(
+            self.num_heads, self.num_kv_heads, config.d_model, config.memory, search
+        )
 
     def forward(
         self, x: Tensor, cache: XLCache | None = None, memory: Memory | None = None
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
         """Attend; reads ``cache`` and ``memory`` and changes neither."""
-        q, k, v = self.project(x)
-        pairs = (k.detach(), v.detach())
         if memory is None:
-            heads, _ = self.local(q, k, v, cache)
-            return self.merge(heads), pairs, None
+            return super().forward(x, cache)
+        q, k, v = self.project(x)
         # Towards a memory on the host this copy waits for the projections alone: local attention,
         # enqueued after it, runs on the GPU while the host searches.
         asked = q.to(memory.device)
-        local, local_mass = self.local(q, k, v, cache, with_mass=self.combine == "joint")
-        found, slots, valid = self.retrieve(asked, memory)
-        output, mass, any_found = (
-            part.to(q.device) for part in (found.output, found.log_mass, found.found)
-        )
-        share = self.share(x, local_mass, mass) * any_found
-        heads = local + share[..., None] * (output - local)
-        retrieval = Retrieval(slots, valid, found.weights.detach(), share.detach(), asked.detach())
-        return self.merge(heads.to(v.dtype)), pairs, retrieval
+        local, mass = self.local(q, k, v, cache, with_mass=self.reader.gate.needs_local_mass)
+        heads, retrieval = self.reader(asked, local, mass, x, memory)
+        return self.merge(heads.to(v.dtype)), (k.detach(), v.detach()), retrieval

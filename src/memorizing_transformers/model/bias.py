@@ -5,30 +5,61 @@ Shapes: H heads, N queries, S keys, K neighbours, M slots.
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 
+def first_distances(num_buckets: int, max_distance: int) -> tuple[int, ...]:
+    """The first distance of every bucket but bucket 0, ascending.
+
+    Found in whole numbers: a logarithm rounds differently from device to device, and a distance
+    that is an exact power could fall on either side of its boundary.
+    """
+    exact = num_buckets // 2
+    coarse = num_buckets - exact
+    firsts = list(range(1, exact))
+    for step in range(coarse):
+        # The least d with (d / exact)^coarse >= (max_distance / exact)^step.
+        least = max_distance**step * exact ** (coarse - step)
+        low, high = exact, max_distance
+        while low < high:
+            middle = (low + high) // 2
+            if middle**coarse < least:
+                low = middle + 1
+            else:
+                high = middle
+        firsts.append(low)
+    return tuple(firsts)
+
+
+@lru_cache(maxsize=64)
+def _kept(num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
+    return torch.tensor(first_distances(num_buckets, max_distance), device=device)
+
+
+def boundaries(num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
+    """``first_distances`` on a device, where they are kept: a copy at every call would wait."""
+    if torch.compiler.is_compiling():  # becomes a constant, and a cache a warning
+        return torch.tensor(first_distances(num_buckets, max_distance), device=device)
+    return _kept(num_buckets, max_distance, device)
+
+
 def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """The bucket of a distance >= 0: half of them exact, the rest spaced by logarithm.
+    """The bucket of a distance: half of them exact, the rest spaced by logarithm.
 
     Raffel et al., 2020 (T5), causal form: with 32 buckets and ``max_distance`` 128, distances 0 to
     15 have a bucket each, then buckets begin at 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67,
-    77, 87, 99 and 113.
+    77, 87, 99 and 113. A key behind its query gets bucket 0.
 
     Args:
         distance: integers, how many tokens the key lies before the query.
         num_buckets: buckets in all.
         max_distance: from here on the last bucket.
     """
-    exact = num_buckets // 2
-    distance = distance.clamp(min=0)
-    ratio = (distance.clamp(min=1).double() / exact).log() / math.log(max_distance / exact)
-    # The epsilon keeps distances that are exact powers on their own side of the boundary.
-    coarse = exact + (ratio * (num_buckets - exact) + 1e-9).floor().long()
-    return torch.where(distance < exact, distance, coarse.clamp(max=num_buckets - 1))
+    firsts = boundaries(num_buckets, max_distance, distance.device)
+    return torch.bucketize(distance.contiguous(), firsts, right=True)
 
 
 class LocalBias(nn.Module):

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
 from ..memory import SEARCHES, STORAGE_DTYPES
+from .gates import GATES
+
+if TYPE_CHECKING:
+    SearchName = str
+    GateName = str
+    StorageName = str
+else:
+    # The choices on the command line are the names in the tables.
+    SearchName = Literal[tuple(SEARCHES)]
+    GateName = Literal[tuple(GATES)]
+    StorageName = Literal[tuple(STORAGE_DTYPES)]
+
+RUNTIME = {"runtime": True}
+"""Marks a field that may differ between the run that wrote a checkpoint and one that reads it."""
+
+
+def lasting(config: MemoryConfig | ModelConfig) -> dict[str, Any]:
+    """The fields that shapes or the meaning of weights depend on."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata != RUNTIME}
 
 
 def _choose(key: str, value: object, choices: tuple[str, ...]) -> None:
@@ -59,48 +78,23 @@ class MemoryConfig:
             which it and what is older are not retrieved any more; 0 for none.
     """
 
-    size: int = 8192
-    top_k: int = 32
+    size: int = field(default=8192, metadata=RUNTIME)
+    top_k: int = field(default=32, metadata=RUNTIME)
     layers: list[int] | None = None
-    search: Literal[
-        "auto",
-        "exact",
-        "bucketed",
-        "faiss",
-        "faiss-flat",
-        "faiss-ivf",
-        "faiss-hnsw",
-        "reference",
-    ] = "exact"
-    recall_target: float = 0.95
-    search_bytes: int | None = None
-    combine: Literal["gate", "fixed", "content", "joint"] = "gate"
-    fixed_value: float = 0.5
-    gate_init: float = 0.5
+    search: SearchName = field(default="exact", metadata=RUNTIME)
+    recall_target: float = field(default=0.95, metadata=RUNTIME)
+    search_bytes: int | None = field(default=None, metadata=RUNTIME)
+    combine: GateName = "gate"
+    fixed_value: float = field(default=0.5, metadata=RUNTIME)
+    gate_init: float = field(default=0.5, metadata=RUNTIME)
     position_bias: Literal["none", "t5", "learned-absolute"] = "none"
     bias_buckets: int = 32
     bias_max_distance: int = 65536
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    device: Literal["model", "cpu"] = "model"
-    refresh_every_n_steps: int = 0
-    drop_after_n_steps: int = 0
-    drop_below_cosine: float = 0.0
-
-    RUNTIME = (
-        "size",
-        "top_k",
-        "search",
-        "recall_target",
-        "search_bytes",
-        "dtype",
-        "device",
-        "fixed_value",
-        "gate_init",
-        "refresh_every_n_steps",
-        "drop_after_n_steps",
-        "drop_below_cosine",
-    )
-    """Fields that may differ between the run that wrote a checkpoint and the run that reads it."""
+    dtype: StorageName = field(default="float32", metadata=RUNTIME)
+    device: Literal["model", "cpu"] = field(default="model", metadata=RUNTIME)
+    refresh_every_n_steps: int = field(default=0, metadata=RUNTIME)
+    drop_after_n_steps: int = field(default=0, metadata=RUNTIME)
+    drop_below_cosine: float = field(default=0.0, metadata=RUNTIME)
 
     def validate(self, prefix: str = "model.memory.") -> None:
         """Refuse what cannot work.
@@ -113,11 +107,9 @@ class MemoryConfig:
         if 0 < self.size < self.top_k:
             remedy = f"must be at most {prefix}size ({self.size})"
             raise ConfigError(prefix + "top_k", self.top_k, remedy)
-        _choose(prefix + "search", self.search, SEARCHES)
-        _choose(prefix + "combine", self.combine, ("gate", "fixed", "content", "joint"))
-        _choose(prefix + "position_bias", self.position_bias, ("none", "t5", "learned-absolute"))
-        _choose(prefix + "dtype", self.dtype, tuple(STORAGE_DTYPES))
-        _choose(prefix + "device", self.device, ("model", "cpu"))
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                _choose(prefix + name, getattr(self, name), get_args(kind))
         if not 0 < self.recall_target < 1:
             remedy = "must lie between 0 and 1; search=exact finds all"
             raise ConfigError(prefix + "recall_target", self.recall_target, remedy)
@@ -172,27 +164,16 @@ class ModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     d_ff: int | None = None
-    dropout: float = 0.0
-    xl_cache: int = 0
+    dropout: float = field(default=0.0, metadata=RUNTIME)
+    xl_cache: int = field(default=0, metadata=RUNTIME)
     qk_norm: bool = True
-    qk_scale_init: float = 8.0
+    qk_scale_init: float = field(default=8.0, metadata=RUNTIME)
     relative_buckets: int = 32
     relative_max_distance: int = 128
-    relative_init: float = 0.0
-    activation_checkpointing: bool = False
-    compile: bool = False
+    relative_init: float = field(default=0.0, metadata=RUNTIME)
+    activation_checkpointing: bool = field(default=False, metadata=RUNTIME)
+    compile: bool = field(default=False, metadata=RUNTIME)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-
-    RUNTIME = (
-        "xl_cache",
-        "dropout",
-        "activation_checkpointing",
-        "compile",
-        "qk_scale_init",
-        "relative_init",
-        "memory",
-    )
-    """Fields that may differ between the run that wrote a checkpoint and the run that reads it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.memory, dict):
@@ -248,8 +229,7 @@ class ModelConfig:
 
     def architecture(self) -> dict[str, Any]:
         """What the shapes and the meaning of the weights depend on, without run-time choices."""
-        fields = {k: v for k, v in vars(self).items() if k not in self.RUNTIME}
-        fields.update(num_kv_heads=self.kv_heads, head_dim=self.head_width, d_ff=self.ff_width)
-        memory = {k: v for k, v in vars(self.memory).items() if k not in MemoryConfig.RUNTIME}
-        memory["layers"] = list(self.memory_layers)
-        return {**fields, **{f"memory.{key}": value for key, value in memory.items()}}
+        own = {k: v for k, v in lasting(self).items() if k != "memory"}
+        own.update(num_kv_heads=self.kv_heads, head_dim=self.head_width, d_ff=self.ff_width)
+        memory = {**lasting(self.memory), "layers": list(self.memory_layers)}
+        return {**own, **{f"memory.{key}": value for key, value in memory.items()}}

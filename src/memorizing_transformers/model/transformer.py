@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -15,10 +16,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from ..memory import STORAGE_DTYPES, Memory, MemoryBank, Pairs, XLCache, make_search
-from .attention import Attention, MemoryLayerAttention, Retrieval
+from ..memory import (
+    STORAGE_DTYPES,
+    Memory,
+    MemoryBank,
+    Pairs,
+    SegmentPairs,
+    XLCache,
+    make_search,
+)
+from .attention import Attention, MemoryLayerAttention
 from .compiled import dense
 from .config import ModelConfig
+from .reader import MemoryReader, Retrieval
+from .renamed import with_current_names
 
 IGNORE_INDEX = -100
 
@@ -29,10 +40,16 @@ class ModelOutput:
 
     logits: Tensor
     """(B, N, V)."""
-    pairs: list[Pairs]
-    """By layer the segment's keys and values, detached, for ``MemoryBank.commit``."""
+    pairs: SegmentPairs
+    """The segment's keys and values, for ``MemoryBank.commit``."""
     retrievals: dict[int, Retrieval] = field(default_factory=dict)
     """By memory layer what was retrieved; empty without a memory."""
+
+
+def _rename(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    current = with_current_names(state_dict)
+    state_dict.clear()
+    state_dict.update(current)
 
 
 class Layer(nn.Module):
@@ -115,39 +132,48 @@ class Transformer(nn.Module):
             for layer in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.register_load_state_dict_pre_hook(_rename)
         self.init_weights()
 
     def init_weights(self) -> None:
         """Embedding N(0, 1); dense kernels truncated normal with variance 1 / fan-in.
 
         Each weight's start depends on the seed and its own name alone, so that two variants of a
-        model begin alike in all that they share.
+        model begin alike in all that they share. It is drawn on the CPU and copied, so that every
+        device begins with the same weights.
         """
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
             seed = (torch.initial_seed() + crc32(name.encode())) % 2**64
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            drawn = torch.empty_like(module.weight, device="cpu", requires_grad=False)
             if isinstance(module, nn.Linear):
                 # 0.8796 is the standard deviation of a unit normal cut at two sigma.
                 std = module.in_features**-0.5 / 0.8796
-                nn.init.trunc_normal_(
-                    module.weight, std=std, a=-2 * std, b=2 * std, generator=generator
-                )
+                nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
             elif module is self.embedding:
-                nn.init.normal_(module.weight, generator=generator)
+                nn.init.normal_(drawn, generator=generator)
+            else:
+                continue
+            with torch.no_grad():
+                module.weight.copy_(drawn)
         for layer in list(self.layers)[: self.config.three_quarters]:
             assert isinstance(layer, Layer)
             layer.attention.bias.look_back(self.config.relative_init)
 
+    def readers(self) -> dict[int, MemoryReader]:
+        """By layer, what reads the memory."""
+        attentions = {index: layer.attention for index, layer in enumerate(self.layers)}
+        return {
+            index: attention.reader
+            for index, attention in attentions.items()
+            if isinstance(attention, MemoryLayerAttention)
+        }
+
     def memory_parameters(self) -> list[nn.Parameter]:
-        """The parameters that only matter while there is a memory (gates and their biases)."""
-        attentions = [layer.attention for layer in self.layers]
-        found: list[nn.Parameter] = []
-        for attention in attentions:
-            if isinstance(attention, MemoryLayerAttention):
-                found += attention.memory_parameters()
-        return found
+        """The parameters that only matter while there is a memory: those of the readers."""
+        return [p for reader in self.readers().values() for p in reader.parameters()]
 
     def new_memory(self, batch_size: int, device: torch.device | str | None = None) -> MemoryBank:
         """An empty bank for ``batch_size`` rows, of the configured size.
@@ -194,17 +220,18 @@ class Transformer(nn.Module):
             # A bank of one row would broadcast, and every row read its memory.
             raise ValueError(f"a bank of {bank.batch_size} rows got {input_ids.shape[0]} rows")
         x = self.dropout(self.embedding(input_ids))
-        pairs: list[Pairs] = []
+        pairs: dict[int, Pairs] = {}
         retrievals: dict[int, Retrieval] = {}
         for index, layer in enumerate(self.layers):
             x, pair, retrieval = layer(x, bank.caches.get(index), bank.memories.get(index))
-            pairs.append(pair)
+            pairs[index] = pair
             if retrieval is not None:
                 retrievals[index] = retrieval
         x = self.dropout(self.norm(x)) * self.config.d_model**-0.5
-        return ModelOutput(F.linear(x, self.embedding.weight), pairs, retrievals)
+        logits = F.linear(x, self.embedding.weight)
+        return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals)
 
-    def encode(self, input_ids: Tensor, memory: MemoryBank) -> list[Pairs]:
+    def encode(self, input_ids: Tensor, memory: MemoryBank) -> SegmentPairs:
         """The pairs of a segment up to the last memory layer, and nothing that costs more.
 
         Args:
@@ -214,14 +241,14 @@ class Transformer(nn.Module):
         last = max(self.config.memory_layers)
         input_ids = input_ids.to(self.embedding.weight.device)
         x = self.dropout(self.embedding(input_ids))
-        pairs: list[Pairs] = []
+        pairs: dict[int, Pairs] = {}
         for index, layer in enumerate(list(self.layers)[:last]):
-            x, pair, _ = layer(x, memory.caches.get(index), memory.memories.get(index))
-            pairs.append(pair)
+            x, pairs[index], _ = layer(x, memory.caches.get(index), memory.memories.get(index))
         layer = self.layers[last]
         assert isinstance(layer, Layer)
         _, k, v = layer.attention.project(layer.attention_norm(x))
-        return [*pairs, (k.detach(), v.detach())]
+        pairs[last] = (k.detach(), v.detach())
+        return SegmentPairs(pairs, pairs)
 
     @staticmethod
     def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -18,9 +18,14 @@ class Writer:
         self.background = background
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future[None]] = deque()
+        self._failed = False
 
-    def submit(self, job: Callable[[], None]) -> None:
+    def submit(self, job: Callable[[], None], only_after_success: bool = False) -> None:
         """Do a job after all that were submitted before it.
+
+        Args:
+            job: the job.
+            only_after_success: leave it out where a job before it has failed.
 
         Raises:
             Exception: what an earlier job has failed with.
@@ -32,7 +37,16 @@ class Writer:
             self._pending.popleft().result()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "checkpoint-writer")
-        self._pending.append(self._pool.submit(job))
+        self._pending.append(self._pool.submit(self._run, job, only_after_success))
+
+    def _run(self, job: Callable[[], None], only_after_success: bool) -> None:
+        if only_after_success and self._failed:
+            return
+        try:
+            job()
+        except BaseException:
+            self._failed = True
+            raise
 
     def wait(self) -> None:
         """Return when every job is done.

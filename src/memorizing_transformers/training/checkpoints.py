@@ -18,10 +18,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UserError
+from . import locks
+from .files import digest, sync, walk, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -36,45 +39,20 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that is incomplete or was changed after it was written."""
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    state = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            state.update(block)
-    return state.hexdigest()
-
-
 def rank_file(rank: int) -> str:
     """The name of a rank's part."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def staging_folder(target: Path, run: str, step: int) -> Path:
-    """Where a checkpoint grows: hidden, beside its target, alike on every rank.
+def staging_folder(target: Path, run: str, number: int) -> Path:
+    """Where a checkpoint grows: hidden, next to its target, alike on every rank.
 
     Args:
         target: the finished checkpoint.
-        run: drawn anew at each start of a run, so that leftovers of a dead one never fit.
-        step: the training step.
+        run: drawn at each start of a run, so that leftovers of a dead one never fit.
+        number: of the save, counted by every rank from the start, so that no name comes twice.
     """
-    return target.with_name(f".{target.name}.{run}-{step}.partial")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole as soon as it has its name."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    _sync(draft)
-    draft.rename(path)
+    return target.with_name(f".{target.name}.{run}-{number}.partial")
 
 
 def _seal(content: dict[str, Any]) -> str:
@@ -86,10 +64,10 @@ def mark_done(staging: Path, rank: int, files: list[Path]) -> None:
     """Say that a rank has written its files, with their sizes and digests."""
     entries = {}
     for path in files:
-        _sync(path)
+        sync(path)
         name = path.relative_to(staging).as_posix()
         entries[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
-    _write_json(staging / f"rank-{rank:05d}.done", {"files": entries})
+    write_json(staging / f"rank-{rank:05d}.done", {"files": entries})
 
 
 def mark_failed(staging: Path, rank: int, reason: str) -> None:
@@ -101,16 +79,22 @@ def mark_failed(staging: Path, rank: int, reason: str) -> None:
 
 
 def finish(
-    staging: Path, target: Path, world_size: int, info: dict[str, Any], timeout: float = 600.0
+    staging: Path,
+    target: Path,
+    world_size: int,
+    info: dict[str, Any],
+    timeout: float = 600.0,
+    has_ended: Callable[[int], bool] = lambda rank: False,
 ) -> None:
     """Wait for every rank's mark, write the manifest, give the checkpoint its name.
 
     Args:
         staging: the folder that all ranks wrote into.
-        target: the checkpoint's name; one that stands there is replaced.
+        target: the checkpoint's name; what has it already is replaced.
         world_size: ranks.
         info: what else the manifest should say, e.g. ``step`` and ``batch_rows``.
         timeout: seconds to wait for the slowest rank.
+        has_ended: whether a rank has ended, so that it writes no more.
 
     Raises:
         UserError: naming the rank that could not write, or did not in time.
@@ -120,31 +104,67 @@ def finish(
     for rank in range(world_size):
         mark = staging / f"rank-{rank:05d}.done"
         while not mark.exists():
+            # Asked before the last look, since a rank may write and end between two looks.
+            over = has_ended(rank)
             failed = mark.with_suffix(".failed")
             if failed.exists():
                 raise UserError(f"rank {rank} could not write its part: {failed.read_text()}")
+            if over and not mark.exists():
+                raise UserError(f"rank {rank} has ended without writing its part")
             if time.monotonic() > deadline:
                 raise UserError(f"rank {rank} did not write its part within {timeout:.0f} s")
             time.sleep(0.01)
         files.update(json.loads(mark.read_text())["files"])
         mark.unlink()
-    manifest = {**info, "format": FORMAT_VERSION, "world_size": world_size, "files": files}
-    _write_json(staging / MANIFEST, {**manifest, "seal": _seal(manifest)})
-    _sync(staging)
+    manifest = {"written": time.time_ns(), **info, "format": FORMAT_VERSION}
+    manifest |= {"world_size": world_size, "files": files}
+    write_json(staging / MANIFEST, {**manifest, "seal": _seal(manifest)})
+    sync(staging)
+    put_in_place(staging, target)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Give a finished checkpoint its name; at every moment the old or the new one can be found."""
     old = target.with_name(f".{target.name}.replaced")
-    if old.exists():
+    if target.is_symlink() or not is_complete(target):
+        # A crash can have left the only complete checkpoint as the old one: it stays until then.
+        # An empty folder, which reserves the name, gives way by itself.
+        if target.is_symlink() or target.is_file() or (target.exists() and any(target.iterdir())):
+            remove(target)
+    else:
         remove(old)
-    if target.exists():
         target.rename(old)
     staging.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     remove(old)
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that no half of it passes for a whole."""
+    """Delete a checkpoint, its manifest first, so that no half of it passes for a whole.
+
+    Of a link only the link is deleted: the checkpoint that it names is another's.
+    """
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def reserve(target: Path) -> None:
+    """Make the name of a checkpoint that is being written visible, as an empty folder.
+
+    So whoever looks for a free name takes another one. An empty folder is no checkpoint, and gives
+    way to the finished one.
+    """
+    if not target.is_symlink():
+        target.mkdir(parents=True, exist_ok=True)
+
+
+def unreserve(target: Path) -> None:
+    """Take back an empty name, where nothing was written."""
+    with contextlib.suppress(OSError):
+        target.rmdir()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -191,40 +211,63 @@ def verify(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
     return manifest
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a checkpoint with all its files."""
+    try:
+        read_manifest(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
 def candidates(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, by their manifests and file sizes, newest first."""
+    """Complete checkpoints at or below a folder, by their manifests and sizes, newest first."""
     found = []
-    # A run that died between the two renames of ``finish`` has its last one under the old name.
-    for path in [*folder.glob("*.ckpt"), *folder.glob(".*.ckpt.replaced")]:
-        try:
-            manifest = read_manifest(path)
-        except DamagedCheckpoint:
-            continue
-        found.append((manifest["step"], (path / MANIFEST).stat().st_mtime_ns, path))
-    return [path for _, _, path in sorted(found, reverse=True)]
+    for path in walk(folder, (MANIFEST,)):
+        with contextlib.suppress(DamagedCheckpoint):
+            step = read_manifest(path).get("step", 0)
+            found.append((written(path), step, str(path)))
+    return [Path(path) for _, _, path in sorted(found, reverse=True)]
+
+
+def written(folder: Path) -> int:
+    """When a checkpoint was written, in nanoseconds; it grows from save to save of a run.
+
+    Steps do not tell the newest: whoever goes back to an earlier checkpoint abandons later steps.
+    """
+    known = read_manifest(folder).get("written")
+    return int(known) if known is not None else (folder / MANIFEST).stat().st_mtime_ns
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder whose every file agrees with its digest."""
+    """The newest checkpoint at or below a folder whose every file agrees with its digest."""
     for path in candidates(folder):
-        try:
+        with contextlib.suppress(DamagedCheckpoint):
             verify(path)
-        except DamagedCheckpoint:
-            continue
-        return path
+            return path
     return None
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Delete what runs that died while saving have left behind."""
-    for path in folder.glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what runs that died while saving have left at or below a folder.
+
+    What is in a folder that another live run has locked is that run's.
+    """
+    for path, names, _ in os.walk(folder):
+        here = Path(path)
+        if locks.is_foreign(here):
+            names.clear()
+        for name in [name for name in names if name.endswith(".partial") and name[0] == "."]:
+            shutil.rmtree(here / name, ignore_errors=True)
+        for name in [name for name in names if name.endswith(".ckpt")]:
+            unreserve(here / name)
 
 
 def explain_damage(folder: Path, error: DamagedCheckpoint) -> UserError:
-    """The damage in one line, with the newest good checkpoint beside it."""
-    good = newest_good(folder.parent)
-    remedy = f"the newest good one is {good}" if good else "there is no good one beside it"
+    """The damage in one line, with the newest good checkpoint of the same run."""
+    homes = [path for path in folder.parents if path.name == "checkpoints"]
+    good = newest_good(homes[0] if homes else folder.parent)
+    remedy = f"the newest good one is {good}" if good else "there is no good one next to it"
     return UserError(f"ckpt_path: {error}; {remedy}")
 
 

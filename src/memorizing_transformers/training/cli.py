@@ -7,22 +7,24 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ..data.datamodule import DocumentDataModule
 from ..errors import ConfigError
 from ..failures import run, take_debug_flag
 from ..parsing import OneLineParser, configs_first
 from .callbacks import PredictionWriter
+from .ends import end_line
+from .finding import resolve_checkpoint, saved_to
 from .logger import RunLogger, flat_settings
 from .module import MemorizingLM
 from .quiet import hush
 from .report import final_report
-from .runs import resolve_checkpoint, run_folder
+from .runs import run_folder
+from .signals import Interrupted
 from .trainer import MemoryTrainer
 
 LIMITED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -34,13 +36,16 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config beside a training run and tells its loggers the settings; other
+    """Saves the resolved config with a training run and tells its loggers the settings; other
     commands leave both alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait: a start that is refused leaves the config of the run that it would resume."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``config.yaml`` into the run's folder."""
-        if stage == "fit" and trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the settings to the loggers; rank 0 only."""
@@ -64,6 +69,14 @@ def root_folder(trainer: Any) -> Path:
     except OSError as error:
         raise ConfigError(key, str(given), f"cannot be written ({error.strerror})") from error
     return root
+
+
+class RunPredictions(PredictionWriter):
+    """Writes predictions into the run's folder, once it is known."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the folder (a collective)."""
+        self.path = Path(trainer.log_dir or trainer.default_root_dir) / self.path.name
 
 
 class MemoryCLI(LightningCLI):
@@ -101,6 +114,10 @@ class MemoryCLI(LightningCLI):
             self.config = parser.parse_args(configs_first(given, self.subcommands()))
         else:
             super().parse_arguments(parser, args)
+        options = self.config.get(self.config.get("subcommand", ""), self.config)
+        seed = options["seed_everything"]
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigError("seed_everything", seed, "must lie in [0, 2**32)")
 
     def _parse_ckpt_path(self) -> None:
         # The stock method merges a checkpoint's hyper-parameters over the command line, so a test
@@ -109,21 +126,15 @@ class MemoryCLI(LightningCLI):
         if not self.config.get("subcommand"):
             return
         options = self.config[self.config.subcommand]
-        options["ckpt_path"] = resolve_checkpoint(
-            options.get("ckpt_path"), root_folder(options.trainer)
-        )
-        if self.config.subcommand != "fit" and options["ckpt_path"] is None:
+        root = root_folder(options.trainer)
+        given, places = options.get("ckpt_path"), saved_to(options.trainer, root)
+        options["ckpt_path"] = resolve_checkpoint(given, root, self.config.subcommand, places)
+        weights = options["ckpt_path"] or options.model.init_from
+        if self.config.subcommand != "fit" and weights is None:
             rank_zero_warn("ckpt_path: none given, so the weights are untrained; try 'last'")
 
-    def _set_seed(self) -> None:
-        try:
-            super()._set_seed()
-        except ValueError as error:
-            seed = self._get(self.config, "seed_everything")
-            raise ConfigError("seed_everything", seed, "must lie in [0, 2**32)") from error
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to the run's folder; a resumed run goes on in the folder of its checkpoint."""
+        """Log to the run's folder; a resumed run continues in the folder of its checkpoint."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         root = root_folder(config["trainer"])
         if config["trainer"]["accumulate_grad_batches"] < 1:
@@ -132,8 +143,12 @@ class MemoryCLI(LightningCLI):
                 key, config["trainer"]["accumulate_grad_batches"], "must be 1 or more"
             )
         if self.subcommand and config["trainer"]["logger"] in (None, True):
-            folder = run_folder(root, self.subcommand, config.get("ckpt_path"))
-            kwargs["logger"] = RunLogger(folder.parent, name="", version=folder.name)
+            checkpoint = config.get("ckpt_path")
+            folder = run_folder(root, self.subcommand, checkpoint)
+            resumes = checkpoint and folder.resolve() in Path(checkpoint).resolve().parents
+            # A new run takes its number when it starts, and makes the folder with it.
+            version = folder.name if resumes else None
+            kwargs["logger"] = RunLogger(folder.parent, name="", version=version)
         return super().instantiate_trainer(**kwargs)
 
     trainer: Any
@@ -146,37 +161,50 @@ class MemoryCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Write predictions to a file instead of holding them."""
-        folder = self.trainer.log_dir or self.trainer.default_root_dir
-        self.trainer.callbacks.append(PredictionWriter(Path(folder) / "predictions.parquet"))
+        self.trainer.callbacks.append(RunPredictions(Path("predictions.parquet")))
 
     def predict(self, **kwargs: Any) -> None:
         """Run prediction; nothing is kept in RAM."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:
-        """Print the final table."""
+        """Say what ended the run, and print the final table."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            print(end_line(self.trainer))
         if self.config.fit.final_report and not self.trainer.fast_dev_run:
             final_report(self.trainer, self.model, self.datamodule)
 
 
-def read_config(path: str, arguments: Sequence[str] = ()) -> MemoryCLI:
+def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> MemoryCLI:
     """A training config, its model and data built but for the network, nothing run.
 
     The machine that reads it need not be one that can run it.
 
     Args:
-        path: the config.
+        paths: one config, or several, of which a later one wins.
         arguments: further ones of the command line, ``--key=value``.
     """
     here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
     args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
     hush()
-    with patch("sys.argv", sys.argv[:1]):
-        return MemoryCLI(run=False, args=["--config", path, *arguments, *args])
+    configs = [f"--config={path}" for path in ([paths] if isinstance(paths, str) else paths)]
+    return MemoryCLI(run=False, args=[*configs, *arguments, *args])
+
+
+def _run_command() -> None:
+    try:
+        MemoryCLI()
+    except Interrupted as stop:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(stop, file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        print("stopped by SIGINT before the first step; nothing is lost", file=sys.stderr)
+        sys.exit(130)
 
 
 def main() -> None:
     """Run the command line; whatever ends it, ends it with one line."""
     hush()
     take_debug_flag(sys.argv)
-    run(MemoryCLI)
+    run(_run_command)

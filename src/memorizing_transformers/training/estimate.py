@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..memory import STORAGE_DTYPES
+from ..memory import SEARCHES, STORAGE_DTYPES
 from ..memory.search.host import SCORE_BYTES as HOST_SCORE_BYTES
 from ..memory.search.scan import SCORE_BYTES
 from ..memory.storage import slot_bytes
@@ -169,7 +169,10 @@ def estimate(
     tokens = rows * segment
 
     parameters = count_parameters(config, vocab)
-    dense = parameters - config.num_layers * (2 * config.d_model) - config.d_model
+    kernels = config.d_model * (2 * (heads + groups) * width + 2 * config.ff_width)
+    dense = layers * kernels + vocab * config.d_model
+    if memory.combine == "content":
+        dense += memory_layers * config.d_model * heads
     local = 4 * rows * heads * local_pairs(segment, config.xl_cache) * width * layers
     scored = 2 * tokens * heads * memory.size * width * memory_layers
     retrieved = 4 * tokens * heads * memory.top_k * width * memory_layers
@@ -206,9 +209,9 @@ def estimate(
     logits = 3 * tokens * vocab * 4
 
     index_bytes = 0
-    if memory.search in ("faiss", "faiss-ivf", "faiss-hnsw"):
-        per_key = 4 * width + (128 + 8 if memory.search == "faiss-hnsw" else 8)
-        index_bytes = rows * groups * memory.size * per_key * memory_layers
+    indexed = SEARCHES[memory.search].index_bytes
+    if indexed is not None:
+        index_bytes = rows * groups * memory.size * indexed(width) * memory_layers
     weight_bytes = 4 * parameters
     optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES[optimizer])
     on_host = memory.device == "cpu"

@@ -1,48 +1,63 @@
 """A rank that died or hangs ends the run with a line that names it.
 
 Every rank counts up in a store of rank 0's and watches the counts of the others, in threads of its
-own. So no rank waits in a collective for one that will never come.
+own. So no rank waits in a collective for one that will never come, and a rank that is only slow
+ends nothing. What the libraries do without this is in docs/resume.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore
 
+from .background import Writer
+
 INTERVAL = 0.5
 """Seconds between two beats."""
 GRACE = 5.0
-"""Seconds for a rank to end by itself, or to prove that it lives, before it is called dead."""
+"""Seconds for a rank to prove that it lives, or to leave after the others, before it is called
+dead."""
+LAST_WORDS = 1.0
+"""Seconds for this rank to end by itself, after one that it started ended with an error."""
+FINISHED = -(2**40)
+"""Added to the count of a rank that needs watching no more; no count makes up for it."""
 
 
 class Liveness(Callback):
     """Ends this process where another rank is gone.
 
-    A rank is gone if its process ended (known at once to the rank that launched it, and to the
-    others when a collective fails), or if it was silent for ``timeout``.
+    A rank is gone if its process ended with an error (known at once to the rank that launched it,
+    and to the others when a collective fails), or if it was silent for ``timeout``.
 
     Args:
         timeout: seconds of silence that are not yet death.
     """
 
-    def __init__(self, timeout: float = 120.0) -> None:
+    def __init__(self, timeout: float = 45.0) -> None:
         self.timeout = timeout
         self._store: TCPStore | None = None
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
+        self._leaving = False
+        """Whether an exception of this rank's own ends it, which says so itself."""
         self._rank = 0
-        self._children: list[Any] = []
+        self._children: list[subprocess.Popen[Any]] = []
+        self._parent = (-1, -1)
+        """Rank and process id of the rank that started this one, if one did."""
         self._last_beat: dict[int, float] = {}
-        """By rank, when its count was last seen to move."""
+        """By rank, when its count was last seen to move; infinity once it has finished."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to beat and to watch (a collective)."""
@@ -57,39 +72,73 @@ class Liveness(Callback):
         if not master:
             self._store = TCPStore(host, port, None, False, patience)
         self._rank = trainer.global_rank
-        self._children = getattr(strategy.launcher, "procs", [])
+        self._find_parent(trainer.global_rank - trainer.local_rank)
         self._last_beat = dict.fromkeys(range(trainer.world_size), time.monotonic())
         self._stopping.clear()
-        for thread in threading.enumerate():
-            if thread.name == "child-process-observer":
-                # Lightning's own would kill this process before it has named the rank.
-                thread._child_processes = []  # type: ignore[attr-defined]
+        self._leaving = False
         self._threads = [
             threading.Thread(target=target, name="liveness", daemon=True)
             for target in (self._beat, self._watch)
         ]
         for thread in self._threads:
             thread.start()
+        if not self._children:
+            self._children = list(getattr(strategy.launcher, "procs", []))
+            for rank, child in enumerate(self._children, start=self._rank + 1):
+                # Lives as long as the child, over all stages of a run.
+                watch = threading.Thread(target=self._watch_child, args=(rank, child), daemon=True)
+                watch.start()
+
+    def _find_parent(self, first: int) -> None:
+        """See whether the first rank of this machine started this process."""
+        assert self._store is not None
+        self._store.set(f"process/{self._rank}", str(os.getpid()))
+        pid = int(self._store.get(f"process/{first}"))
+        self._parent = (first, pid) if pid == os.getppid() else (-1, -1)
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank has ended or has nothing more to write; False where that is unknown."""
+        child = rank - self._rank - 1
+        if 0 <= child < len(self._children) and self._children[child].poll() is not None:
+            return True
+        store = self._store
+        with contextlib.suppress(RuntimeError):
+            return store is not None and bool(store.add(f"ended/{rank}", 0))
+        return False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop; rank 0 keeps the store until the others have stopped too."""
         if self._store is None:
             return
+        if isinstance(writer := getattr(trainer, "writer", None), Writer):
+            try:
+                writer.wait()
+            finally:
+                self._store.add(f"ended/{self._rank}", 1)
         self._stopping.set()
         for thread in self._threads:
             thread.join(GRACE)
         deadline = time.monotonic() + GRACE
-        stopped = self._store.add("stopped", 1)
-        while self._rank == 0 and stopped < trainer.world_size and time.monotonic() < deadline:
-            time.sleep(0.01)
-            stopped = self._store.add("stopped", 0)
+        try:
+            self._store.add(f"beat/{self._rank}", FINISHED)
+            finished = self._store.add("finished", 1)
+            while self._rank == 0 and finished < trainer.world_size and time.monotonic() < deadline:
+                time.sleep(0.01)
+                finished = self._store.add("finished", 0)
+        except RuntimeError:
+            pass  # Rank 0 has left.
         self._store = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """A collective that failed: wait a moment to see which rank is gone, and name it."""
-        if self._store is None or not isinstance(exception, RuntimeError):
+        if isinstance(exception, SystemExit):
+            self._stopping.set()  # every rank ends, and none of them is a death
+        if self._store is None:
+            return
+        if not isinstance(exception, RuntimeError):
+            self._leaving = True
             return
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
@@ -99,7 +148,7 @@ class Liveness(Callback):
                 self._end(f"{_ranks(silent)} ended or cannot be reached")
 
     def _silent(self, seconds: float) -> list[int]:
-        """The ranks whose counts have stood still; rank 0 where its store does not answer."""
+        """The ranks whose counts do not move; rank 0 where its store does not answer."""
         now = time.monotonic()
         silent = [rank for rank, beat in self._last_beat.items() if now - beat > seconds]
         return [0] if self._rank in silent else silent
@@ -107,40 +156,52 @@ class Liveness(Callback):
     def _beat(self) -> None:
         """Count, and read the counts of the others; blocked or ended where the store is gone."""
         counts: dict[int, int] = {}
-        with contextlib.suppress(RuntimeError):
+        try:
             while self._store is not None and not self._stopping.wait(INTERVAL):
                 for rank in self._last_beat:
                     count = self._store.add(f"beat/{rank}", int(rank == self._rank))
                     if count != counts.get(rank):
-                        counts[rank], self._last_beat[rank] = count, time.monotonic()
+                        moment = math.inf if count < 0 else time.monotonic()
+                        counts[rank], self._last_beat[rank] = count, moment
+        except RuntimeError:
+            if self._last_beat[0] == math.inf:
+                self._stopping.set()  # Rank 0 took its store with it when it had finished.
 
     def _watch(self) -> None:
         while not self._stopping.wait(INTERVAL):
-            self._look_at_children()
             silent = self._silent(self.timeout)
             if silent and not self._stopping.is_set():
-                self._end(f"{_ranks(silent)} gave no sign of life for {self.timeout:g} s")
+                what = f"{_ranks(silent)} gave no sign of life for {self.timeout:g} s"
+                self._end(what, hanging=silent)
 
-    def _look_at_children(self) -> None:
-        for number, child in enumerate(self._children, start=1):
-            code = child.poll()
-            if not code:
-                continue
-            if code < 0:
-                how = f"was killed by {signal.Signals(-code).name}"
-            else:
-                how = f"ended with exit code {code}; its own message says why"
-                # What ended it may end this rank too, which then says so itself.
-                if self._stopping.wait(GRACE / 2):
-                    return
-            self._end(f"rank {self._rank + number} {how}")
+    def _watch_child(self, rank: int, child: subprocess.Popen[Any]) -> None:
+        # To wait, not to poll: Lightning's own observer of children, which would kill this process
+        # before it has named the rank, then sees the end of a child only after this thread does.
+        code = child.wait()
+        how = death(code)
+        # What ended it may end this rank too, which then says so itself.
+        patience = LAST_WORDS if code > 0 else 0.0
+        if how is not None and not self._stopping.wait(self.timeout if self._leaving else patience):
+            self._end(f"rank {rank} {how}")
 
-    def _end(self, what: str) -> NoReturn:
+    def _end(self, what: str, hanging: Collection[int] = ()) -> None:
         """Leave at once: the main thread may wait in a collective that nothing can interrupt."""
-        print(f"error: {what}; go on with --ckpt_path last", file=sys.stderr, flush=True)
+        print(f"error: {what}; resume with --ckpt_path last", file=sys.stderr, flush=True)
         for child in self._children:
             child.kill()
+        rank, pid = self._parent
+        if rank in hanging and os.getppid() == pid:
+            os.kill(pid, signal.SIGKILL)  # The caller waits for that process.
         os._exit(1)
+
+
+def death(code: int | None) -> str | None:
+    """How a process died, by its exit code (None while it lives); None where it did not."""
+    if not code:
+        return None
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}; its own message says why"
 
 
 def _ranks(ranks: list[int]) -> str:

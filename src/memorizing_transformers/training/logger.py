@@ -69,7 +69,7 @@ class RunLogger(TensorBoardLogger):
         """Fill the HPARAMS page and lay out CUSTOM SCALARS, at the start of a run.
 
         The page takes its metrics from the last values of the run's own curves, so it is right
-        while the run goes on and after it was killed. It is told of no experiment: then TensorBoard
+        during the run and after it was killed. It is told of no experiment: then TensorBoard
         compares the runs by itself and puts first what differs.
 
         Args:
@@ -84,5 +84,5 @@ class RunLogger(TensorBoardLogger):
             self.log_metrics(metrics, step)
         named = {k: str(v).lower() if isinstance(v, bool) else v for k, v in params.items()}
         _, session, _ = hparams(named, {})
-        self.experiment._get_file_writer().add_summary(session)
-        self.experiment.add_custom_scalars(CHARTS)
+        self.experiment.add_custom_scalars(CHARTS)  # first, since it opens a closed file again
+        self.experiment.file_writer.add_summary(session)

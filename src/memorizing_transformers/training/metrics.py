@@ -8,15 +8,22 @@ for any number of rows, batches and ranks, to rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+
+from ..data.batch import fp64_device, in_fp64
 
 
 class TokenRatio(Metric):
-    """A sum over a sum, added up over batches and ranks in fp64."""
+    """A sum over a sum, added up over batches and ranks in fp64.
+
+    The sums follow the module to its device, but never to its dtype: a sum in bf16 takes no further
+    1 from 256 on. Where the device has no fp64 they stay on the CPU.
+    """
 
     full_state_update = False
     total: Tensor
@@ -28,10 +35,19 @@ class TokenRatio(Metric):
             zero = torch.zeros((), dtype=torch.float64)
             self.add_state(name, default=zero, dist_reduce_fx="sum")
 
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
+    ) -> nn.Module:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fp64_device(fn(torch.empty(0, device=tensor.device)).device))
+
+        moved: nn.Module = super()._apply(move, exclude_state)
+        return moved
+
     def add(self, total: Tensor, weight: Tensor) -> None:
-        """Add a batch's sums."""
-        self.total += total.double()
-        self.weight += weight.double()
+        """Add a batch's sums, both scalars of any dtype."""
+        self.total += in_fp64(total).to(self.total.device)
+        self.weight += in_fp64(weight).to(self.weight.device)
 
     def ratio(self) -> Tensor:
         """Sum over sum; NaN while nothing was counted."""
@@ -43,7 +59,7 @@ class Loss(TokenRatio):
 
     def update(self, nll: Tensor, correct: Tensor, mask: Tensor, num_bytes: Tensor) -> None:
         """Add a batch: nll, correct and mask (B, N), num_bytes (B,)."""
-        self.add(nll.double().sum(), mask.sum())
+        self.add(in_fp64(nll).sum(), mask.sum())
 
     def compute(self) -> Tensor:
         """Nats per token."""
@@ -63,7 +79,7 @@ class BitsPerByte(TokenRatio):
 
     def update(self, nll: Tensor, correct: Tensor, mask: Tensor, num_bytes: Tensor) -> None:
         """Add a batch: nll, correct and mask (B, N), num_bytes (B,)."""
-        self.add(nll.double().sum() / math.log(2), num_bytes.sum())
+        self.add(in_fp64(nll).sum() / math.log(2), num_bytes.sum())
 
     def compute(self) -> Tensor:
         """Bits per byte."""

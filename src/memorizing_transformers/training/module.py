@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +22,19 @@ from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
 from .callbacks import MemoryClearing, standard_callbacks
-from .checkpoints import FOLDER_KEY, DamagedCheckpoint, explain_damage
-from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
+from .checkpoints import FOLDER_KEY
+from .export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
 from .metrics import language_model_metrics
 from .neighbours import best_neighbour
+from .optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
+from .optimizer_state import take_over
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
-from .resume import check_resumable, restore_rank, resume_facts
-from .sharded import shard
+from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
+from .sharded import gathered_gradients, shard
+from .weights import weights_for
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
-
-ARCHITECTURE_KEY = "architecture"
-"""Where a checkpoint keeps what its weights mean."""
 
 
 class MemorizingLM(LightningModule):
@@ -51,6 +50,9 @@ class MemorizingLM(LightningModule):
             and time/*; 0 for never.
         inspect_every_n_steps: training steps between two histograms and sample retrievals in
             TensorBoard; 0 for never, and then validation draws no loss by position either.
+        init_from: a checkpoint folder, or a folder that `export` or ``save_pretrained`` wrote:
+            a new run starts from its weights, with a fresh optimiser at step 0. Not read where
+            ckpt_path is given. None for weights drawn by the seed.
         settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
     """
 
@@ -60,6 +62,7 @@ class MemorizingLM(LightningModule):
         save_memory: bool = True,
         staleness_every_n_steps: int = 50,
         inspect_every_n_steps: int = 500,
+        init_from: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -68,7 +71,10 @@ class MemorizingLM(LightningModule):
         self.config = config
         self.optimizer_config = optimizer
         self.save_memory = save_memory
+        self.init_from = init_from
         self._resume: dict[str, Any] | None = None
+        self._has_weights = init_from is None
+        self._accumulating = False
         self.staleness_every_n_steps = staleness_every_n_steps
         self.inspect_every_n_steps = inspect_every_n_steps
         self.net: Transformer | None = None
@@ -129,28 +135,64 @@ class MemorizingLM(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
 
+    def _take_weights(self) -> None:
+        """Start with the weights of ``init_from``, unless a checkpoint was loaded."""
+        if self._has_weights:
+            return
+        assert self.net is not None
+        assert self.init_from is not None
+        taken = weights_for(self.net, self.init_from, self._tokenizer)
+        named = {"state_dict": {f"net.{name}": tensor for name, tensor in taken.items()}}
+        self.trainer.strategy.load_model_state_dict(named, strict=False)
+        self._has_weights = True
+
+    # By the first of these hooks every strategy has loaded the checkpoint, if one was given.
+    on_validation_start = on_test_start = on_predict_start = _take_weights
+
     def on_train_start(self) -> None:
         """Put back the memory of this rank's rows and its random states, when resuming."""
+        self._take_weights()
         if self._resume is None:
             return
         assert self.net is not None
-        folder, manifest = Path(self._resume["path"]), self._resume["manifest"]
-        trainer, self._resume = self.trainer, None
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        bank = self.net.new_memory(datamodule.batch_rows // trainer.world_size, self.device)
-        try:
-            restore_rank(folder, manifest, trainer.global_rank, trainer.world_size, bank)
-        except DamagedCheckpoint as error:
-            raise explain_damage(folder, error) from error
-        self.banks["train"] = bank
+        trainer = self.trainer
+        place = (self._resume, trainer.global_rank, trainer.world_size, self.net)
+        self._resume = None
+        bank, self._accumulating = restore_rank(*place, self.device)
+        if bank is not None:
+            self.banks["train"] = bank
+
+    def on_after_backward(self) -> None:
+        """Note that gradients wait for an optimiser step."""
+        self._accumulating = True
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Note that none do."""
+        self._accumulating = False
+
+    def accumulated_gradients(self) -> dict[str, Tensor]:
+        """What waits for an optimiser step, as ``gathered_gradients``; {} where nothing does."""
+        if not self._accumulating or self.net is None:
+            return {}
+        return gathered_gradients(self.net, self.global_rank)
 
     def prepare_bank(self, stage: str, batch: Batch) -> MemoryBank:
-        """The stage's bank, made at its first batch, with this batch's new documents cleared."""
+        """The stage's bank, made at its first batch, with this batch's new documents cleared.
+
+        Raises:
+            UserError: where the batch has another number of rows than the one before.
+        """
         assert self.net is not None
         if stage not in self.banks:
             self.banks[stage] = self.net.new_memory(batch.input_ids.shape[0], self.device)
-        self.banks[stage].reset(batch.reset)
-        return self.banks[stage]
+        bank, rows = self.banks[stage], batch.input_ids.shape[0]
+        if bank.batch_size != rows:
+            raise UserError(
+                f"{stage}: a batch of {rows} rows follows one of {bank.batch_size}, whose memory "
+                "it would need; let the loader give as many rows always, after a resume too"
+            )
+        bank.reset(batch.reset)
+        return bank
 
     def read(self, stage: str, batch: Batch) -> tuple[ModelOutput, Tensor]:
         """Forward with the stage's memory; changes nothing.
@@ -247,36 +289,22 @@ class MemorizingLM(LightningModule):
         """Note what the weights mean, so that the file suffices to use them."""
         checkpoint[ARCHITECTURE_KEY] = self.config.architecture()
         checkpoint[SETTINGS_KEY] = asdict(self.config)
+        checkpoint[OPTIMIZER_KEY] = asdict(self.optimizer_config)
         if self._tokenizer is not None:
             checkpoint[TOKENIZER_KEY] = pack_tokenizer(self._tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another architecture, or for other token ids.
+        """Refuse what does not fit, and have the rest taken over under the settings of now.
 
         Raises:
             UserError: naming every key that differs.
         """
-        saved, ours = checkpoint.get(ARCHITECTURE_KEY), self.config.architecture()
-        if saved is None:
-            raise UserError("ckpt_path: not a checkpoint of this project, no architecture in it")
-        differing = [
-            f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"
-            for key in sorted(set(saved) | set(ours))
-            if saved.get(key) != ours.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"ckpt_path: the checkpoint is of another architecture: {', '.join(differing)}; "
-                "give the config that was saved with its run"
-            )
-        files, tokenizer = checkpoint.get(TOKENIZER_KEY), self._tokenizer
-        if files is not None and tokenizer is not None and not is_packed(files, tokenizer):
-            raise UserError(
-                "data.tokenizer: not the checkpoint's tokenizer, so its ids mean other text; give "
-                "the tokenizer/ folder that `python -m memorizing_transformers export` writes"
-            )
-        if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
-            self._resume = checkpoint.get(FOLDER_KEY)
-            if self._resume is not None:
-                facts = resume_facts(getattr(self.trainer, "datamodule", None))
-                check_resumable(self._resume["manifest"], facts)
+        check_weights(checkpoint, self.config, self._tokenizer)
+        self._has_weights = True
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        check_resumable(checkpoint, getattr(self.trainer, "datamodule", None))
+        self._resume = checkpoint.get(FOLDER_KEY)
+        if type(self).configure_optimizers is MemorizingLM.configure_optimizers:
+            assert self.net is not None
+            take_over(checkpoint, self.net, self.optimizer_config, self.trainer.max_steps)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,8 +23,10 @@ class OptimizerConfig:
         name: adamw or adafactor.
         lr: learning rate, reached at the end of the warm-up; with schedule=rsqrt the rate at step s
             is lr / sqrt(max(s, warmup_steps)), as the paper states it (1.0 there).
-        betas: AdamW's two decay rates.
-        weight_decay: decoupled, on matrices only.
+        betas: AdamW's two decay rates; adafactor has none, and refuses other ones than these.
+        weight_decay: decoupled decay (times lr) of every parameter that has two dimensions
+            or more: the kernels of linear layers, the embedding, the tables of position biases.
+            Norms, gates and scales do not decay.
         schedule: constant, cosine or rsqrt, each after a linear warm-up.
         warmup_steps: steps of linear warm-up.
         total_steps: steps until cosine reaches its end; None for trainer.max_steps.
@@ -54,18 +56,40 @@ class OptimizerConfig:
             raise ConfigError(prefix + "warmup_steps", self.warmup_steps, "must be at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(prefix + "betas", self.betas, "each must lie in [0, 1)")
+        if self.name == "adafactor" and tuple(self.betas) != OptimizerConfig.betas:
+            remedy = "adafactor has none; leave it out, or set model.optimizer.name=adamw"
+            raise ConfigError(prefix + "betas", self.betas, remedy)
         if not 0 <= self.final_lr_share <= 1:
             raise ConfigError(prefix + "final_lr_share", self.final_lr_share, "must lie in [0, 1]")
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
 
 
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """The groups of an optimiser: what has two dimensions or more decays, vectors do not.
+
+    Args:
+        named: the parameters with their names.
+        config: tells the decay.
+
+    Returns:
+        for each group ``params``, its pairs of name and parameter, and ``weight_decay``.
+    """
+    named = list(named)
+    return [
+        {"params": [x for x in named if x[1].ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [x for x in named if x[1].ndim < 2], "weight_decay": 0.0},
+    ]
+
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimiser over the trainable parameters; vectors (norms, gates, scales) do not decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """The optimiser over the trainable parameters, in ``parameter_groups``."""
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {**group, "params": [parameter for _, parameter in group["params"]]}
+        for group in parameter_groups(trainable, config)
     ]
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr)
@@ -94,8 +118,8 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
     return factor
 
 
-def make_schedule(optimizer: Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
-    """The schedule of ``optimizer``, to be stepped after every optimiser step.
+def end_of_schedule(config: OptimizerConfig, max_steps: int) -> int:
+    """The step at which cosine ends.
 
     Raises:
         ConfigError: where cosine is asked for without an end.
@@ -104,4 +128,13 @@ def make_schedule(optimizer: Optimizer, config: OptimizerConfig, max_steps: int)
     if config.schedule == "cosine" and total <= 0:
         remedy = "cosine needs an end: set it, or trainer.max_steps"
         raise ConfigError("model.optimizer.total_steps", config.total_steps, remedy)
-    return LambdaLR(optimizer, lr_factor(config, total))
+    return total
+
+
+def make_schedule(optimizer: Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
+    """The schedule of ``optimizer``, to be stepped after every optimiser step.
+
+    Raises:
+        ConfigError: where cosine is asked for without an end.
+    """
+    return LambdaLR(optimizer, lr_factor(config, end_of_schedule(config, max_steps)))

@@ -79,9 +79,7 @@ def final_report(trainer: Any, module: MemorizingLM, datamodule: LightningDataMo
     speed = throughput.tokens / throughput.seconds if throughput.seconds else 0.0
     log_dir = trainer.log_dir  # a collective, so not to be asked for on one rank alone
     folder = log_dir or trainer.default_root_dir
-    checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or getattr(
-        trainer.checkpoint_callback, "best_model_path", ""
-    )
+    checkpoint = trainer.saved_now(weights_only=True)  # evaluation forgets what fit has taken
     rows = evaluate(trainer, module, datamodule)
     if not trainer.is_global_zero:
         return
@@ -100,7 +98,7 @@ def final_report(trainer: Any, module: MemorizingLM, datamodule: LightningDataMo
     console = Console()
     console.print(table)
     console.print(f"training: {speed:,.0f} tokens/s, {throughput.seconds / 60:.1f} minutes")
-    console.print(f"checkpoint: {checkpoint or 'none'}", soft_wrap=True)
+    console.print(f"checkpoint: {checkpoint or 'none holds these weights'}", soft_wrap=True)
     console.print(f"curves: tensorboard --logdir {Path(folder).parent}", soft_wrap=True)
     if log_dir:
         record = {"rows": rows, "tokens_per_second": speed, "seconds": throughput.seconds}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,10 +18,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from ..errors import ConfigError
 from ..model import Transformer
+from ..model.renamed import with_current_names
 from . import checkpoints
 
 
@@ -50,8 +54,28 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
+    def connect(self, model: Any) -> None:
+        """Refuse, before any work, what fails at the first step.
+
+        Raises:
+            ConfigError: torch's Adafactor cannot update sharded parameters.
+        """
+        super().connect(model)
+        config = getattr(model, "optimizer_config", None)
+        fitting = model.trainer.state.fn == TrainerFn.FITTING
+        if fitting and config is not None and config.name == "adafactor":
+            remedy = (
+                "does not work with trainer.strategy=sharded; set adamw, or trainer.strategy=ddp"
+            )
+            raise ConfigError("model.optimizer.name", config.name, remedy)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning restores it after the module has seen the checkpoint."""
+        return True
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Every rank takes its shard of the weights and the optimiser state.
+        """The trainer's part, alike on every rank, on the CPU.
 
         Raises:
             UserError: where the checkpoint is damaged or none of ours.
@@ -61,14 +85,22 @@ class ShardedStrategy(ModelParallelStrategy):
         file = folder / checkpoints.TRAINER_FILE
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         checkpoint[checkpoints.FOLDER_KEY] = {"path": str(folder), "manifest": manifest}
-        assert self.model is not None
-        whole_state = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=whole_state)
-        saved = checkpoint.get("optimizer_states", [])
-        for optimizer, state in zip(self.optimizers, saved, strict=False):
-            named = _by_name(state, optimizer, self.model)
-            set_optimizer_state_dict(self.model, optimizer, named, options=whole_state)
         return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Every rank takes its shard of the weights."""
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        weights = with_current_names(checkpoint["state_dict"])
+        set_model_state_dict(self.model, weights, options=options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Every rank takes its shard of the optimiser's state."""
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            named = _by_name(state, optimizer, self.model)
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
 
     def teardown(self) -> None:
         """Wait until all is written."""
@@ -80,7 +112,8 @@ def _by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> d
     """An optimiser's state with the parameters' names for its own numbers.
 
     An optimiser numbers by group, a module in the order of its layers: the groups tell which is
-    which, whether one rank wrote the state or many.
+    which, whether one rank wrote the state or many. A parameter without a state gets the one that
+    AdamW begins with, since torch wants one for each.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     known = {
@@ -92,7 +125,11 @@ def _by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> d
         {**group, "params": [known[number] for number in group["params"]]}
         for group in state["param_groups"]
     ]
-    return {"state": {known[n]: v for n, v in state["state"].items()}, "param_groups": groups}
+    values = {known[number]: value for number, value in state["state"].items()}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        zeros = {key: torch.zeros(parameter.shape) for key in ("exp_avg", "exp_avg_sq")}
+        values.setdefault(names[parameter], {"step": torch.tensor(0.0), **zeros})
+    return {"state": values, "param_groups": groups}
 
 
 def shard(net: Transformer, mesh: DeviceMesh) -> None:
@@ -105,6 +142,21 @@ def shard(net: Transformer, mesh: DeviceMesh) -> None:
 def is_sharded(net: Transformer) -> bool:
     """Whether a forward pass is a collective, for which all ranks must meet."""
     return any(isinstance(parameter, DTensor) for parameter in net.parameters())
+
+
+def gathered_gradients(net: Transformer, rank: int) -> dict[str, Tensor]:
+    """By parameter its gradient; if sharded, gathered on rank 0 alone (a collective)."""
+    named = net.named_parameters()
+    found = {name: whole(p.grad) for name, p in named if p.grad is not None}
+    return found if rank == 0 or not is_sharded(net) else {}
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in a parameter's dtype, on its device and sharded as it is (a collective)."""
+    moved = tensor.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
+    return moved
 
 
 def whole(tensor: Tensor) -> Tensor:

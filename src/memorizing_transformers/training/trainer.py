@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import secrets
+import signal
+import sys
+import time
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.apply_func import apply_to_collection
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
@@ -20,76 +26,39 @@ from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from . import checkpoints
 from .background import Writer
+from .ends import RunEnd, RunStart, folders_of, kept_by, model_checkpoints
+from .folder_io import FolderCheckpointIO
 from .liveness import Liveness
 from .rank_state import RankPart
 from .resume import resume_facts
-
-
-class FolderCheckpointIO(TorchCheckpointIO):
-    """Reads and removes checkpoint folders; what it writes is the trainer's part of one.
-
-    Args:
-        writer: what writes them; reading waits for it, removing queues behind it.
-    """
-
-    def __init__(self, writer: Writer | None = None) -> None:
-        super().__init__()
-        self.writer = writer or Writer(background=False)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """The trainer's part, verified, on the CPU; no code of the file is executed.
-
-        Raises:
-            UserError: where the checkpoint is damaged or none of ours.
-        """
-        self.writer.wait()
-        folder = Path(path)
-        manifest = checkpoints.open_folder(folder)
-        file = folder / checkpoints.TRAINER_FILE
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint[checkpoints.FOLDER_KEY] = {"path": str(folder), "manifest": manifest}
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove every part, the manifest first, once what was to be written before is whole."""
-        self.writer.submit(lambda: checkpoints.remove(Path(path)))
-
-    def teardown(self) -> None:
-        """Wait until all is written."""
-        self.writer.wait()
+from .runs import Claim
+from .signals import Interrupted, StopSignals
 
 
 def _to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-class RunBounds(Checkpoint):
-    """The start and the end of a run: names it, clears away what a dead one left, saves the end.
+class Save(NamedTuple):
+    """What a checkpoint of this process holds."""
 
-    A ``Checkpoint``, so that it comes after the trainer's other ones.
-    """
+    batches: int
+    """Batches taken before."""
+    weights_only: bool
+    asked: bool
+    """Whether a ``ModelCheckpoint`` asked for it, and removes it when it counts on it no more."""
 
-    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Rank 0 cleans up before anybody saves."""
-        if trainer.is_global_zero:
-            for callback in trainer.checkpoint_callbacks:
-                folder = getattr(callback, "dirpath", None)
-                if folder and Path(folder).is_dir():
-                    checkpoints.clean_leftovers(Path(folder))
-        trainer.name_run()
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save the last step, so that a finished run can go on whatever was saved before."""
-        here = trainer.global_step
-        if here != trainer.max_steps or here == trainer.saved_step or trainer.fast_dev_run:
-            return
-        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-        if folders[0]:
-            trainer.save_checkpoint(Path(folders[0]) / "last.ckpt")
+def _claimed(command: str) -> Callable[..., Any]:
+    """The trainer's method of that name, at work in folders of its own."""
+    method = getattr(Trainer, command)
+
+    @functools.wraps(method)
+    def run(self: MemoryTrainer, *args: Any, **kwargs: Any) -> Any:
+        with self.claimed(command):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class MemoryTrainer(Trainer):
@@ -107,7 +76,7 @@ class MemoryTrainer(Trainer):
         self,
         *args: Any,
         background_save: bool = True,
-        rank_timeout: float = 120.0,
+        rank_timeout: float = 45.0,
         **kwargs: Any,
     ) -> None:
         if rank_timeout <= 0:
@@ -125,38 +94,134 @@ class MemoryTrainer(Trainer):
                 "ddp_notebook) cannot share its checkpoints and memory; use trainer.strategy=ddp"
             )
         self.writer = Writer(background_save)
-        self.strategy.checkpoint_io = FolderCheckpointIO(self.writer)
+        self.strategy.checkpoint_io = FolderCheckpointIO(
+            self.writer, self.strategy.broadcast, self._may_remove
+        )
+        self.signals = StopSignals()
+        self.begun = False
+        """Whether the command at work has begun a batch: until then nothing is lost."""
         self.saved_step = -1
-        """The step of the newest checkpoint of this process."""
-        self._run_name = ""
+        """The step of the newest checkpoint of this process from which training can resume."""
+        self._saves: dict[Path, Save] = {}
+        """What this process has saved, by path, oldest first; alike on all ranks."""
+        self._number = 0
+        self._run_name = self._lineage = ""
+        self._written = 0
+        self._loops: tuple[int, dict[str, Any]] = (-1, {})
         self._moment: tuple[Any, ...] = ()
         self._part: weakref.ref[RankPart] | None = None
         self.callbacks: list[Callback]
-        self.callbacks += [RunBounds(), Liveness(rank_timeout)]
+        self.liveness = Liveness(rank_timeout)
+        self.callbacks[:0] = [RunStart()]
+        self.callbacks += [RunEnd(), self.liveness]
 
-    def name_run(self) -> None:
-        """Draw a name for this start of the run, alike on all ranks (a collective)."""
+    fit: Any = _claimed("fit")
+    validate: Any = _claimed("validate")
+    test: Any = _claimed("test")
+    predict: Any = _claimed("predict")
+
+    @contextlib.contextmanager
+    def claimed(self, command: str) -> Iterator[None]:
+        """Own the folders of a command and take signals; a start that failed leaves no folder.
+
+        Raises:
+            UserError: where another live run owns a folder.
+            Interrupted: where a signal came after the last step.
+        """
+        claim, self.begun = Claim(), False
+        with self.signals.watching():
+            try:
+                # Before other ranks are launched, so that a refusal leaves none behind.
+                if self.is_global_zero and not self.fast_dev_run:  # type: ignore[attr-defined]
+                    claim.number(self.loggers)
+                    if command == "fit":
+                        claim.lock(folders_of(self))
+                yield
+            finally:
+                claim.release(keep=self.begun or not sys.exc_info()[1])
+            if self.signals.received:
+                name = signal.Signals(self.signals.received).name
+                line = f"stopped by {name} after {command} had ended; nothing is lost"
+                raise Interrupted(self.signals.received, line)
+
+    def name_run(self, newest: int) -> None:
+        """Draw a name for this start of the run, alike on all ranks (a collective).
+
+        Args:
+            newest: when the newest checkpoint in the run's folders was written.
+        """
         self._run_name = self.strategy.broadcast(secrets.token_hex(4))
+        self._number, self._saves, self.saved_step = 0, {}, -1
+        self._lineage, self._written = self._run_name, newest
+        if self.ckpt_path is not None and self.is_global_zero:
+            resumed = Path(self.ckpt_path)
+            self._lineage = checkpoints.read_manifest(resumed).get("run", self._run_name)
+            # What is written from here is newer than the steps that may be abandoned.
+            near = [path for path in resumed.parent.iterdir() if checkpoints.is_complete(path)]
+            self._written = max(newest, *map(checkpoints.written, near))
+
+    def note_loops(self) -> None:
+        """Note where the loops are."""
+        self._loops = (self._batches, self.fit_loop.state_dict())
+
+    @property
+    def _batches(self) -> int:
+        """Batches that training has taken, over all epochs."""
+        total: Any = self.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)
+
+    def saved_now(self, weights_only: bool = False) -> Path | None:
+        """The newest checkpoint that holds the state as of now.
+
+        Args:
+            weights_only: one of the weights alone will do.
+        """
+        kept = kept_by(self)
+        found = [
+            path
+            for path, save in self._saves.items()
+            if save.batches == self._batches
+            and (weights_only or not save.weights_only)
+            and (str(path) in kept or not save.asked)
+        ]
+        if found:
+            return found[-1]
+        resumed = None if self.begun or self.ckpt_path is None else Path(self.ckpt_path)
+        return resumed if self.state.fn == "fit" else None
+
+    def is_own(self, target: Path) -> bool:
+        """Whether a name is free, or that of a checkpoint of this run, of whichever start."""
+        try:
+            return checkpoints.read_manifest(target).get("run", self._lineage) == self._lineage
+        except checkpoints.DamagedCheckpoint:
+            return not (target / checkpoints.MANIFEST).exists()
+
+    def _may_remove(self, path: Path) -> bool:
+        """Whether nobody needs a checkpoint: only training removes, and no other's is removed."""
+        return self.state.fn == "fit" and str(path) not in kept_by(self)
 
     def _copy_part(self, bank: MemoryBank | None, keep: bool) -> RankPart:
         """This rank's part as of now: the copy that waits to be written, if nothing has changed."""
-        batches: Any = self.fit_loop.epoch_loop.batch_progress.total
+        total: Any = self.fit_loop.epoch_loop.batch_progress.total
         random = bytes(torch.get_rng_state().numpy())
-        moment = (self.global_step, batches.started, batches.processed, keep, random)
+        moment = (self.global_step, total.started, self._batches, keep, random)
         part = self._part() if self._part is not None and self._moment == moment else None
         if part is None:
             self.writer.wait()
-            part = RankPart(self.global_rank, bank, keep)
+            module: Any = self.lightning_module
+            gradients = module.accumulated_gradients()
+            part = RankPart(self.global_rank, bank, keep, gradients)
             self._moment, self._part = moment, weakref.ref(part)
         return part
 
     def save_checkpoint(
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
-        """Copy the state and have it written as a checkpoint folder.
+        """Write a checkpoint folder; it is there on return.
 
         Every rank writes its part into a staging folder, and rank 0 gives the whole its name. Ranks
-        meet through files, so a rank that is alone gets an error and no hang.
+        meet through files, so a rank that is alone gets an error and no hang. What a plain
+        ``ModelCheckpoint`` asks for is written in the background.
 
         Args:
             filepath: the folder to write.
@@ -166,23 +231,57 @@ class MemoryTrainer(Trainer):
         Raises:
             UserError: where it, or one before it, cannot be written.
         """
-        module: Any = self.lightning_module
         target = Path(filepath)
+        self._save(target, bool(weights_only))
+        if not self._can_wait(target):
+            self.writer.wait()
+
+    def save_end(self, target: Path) -> None:
+        """Write the checkpoint of the end of a run, in the background."""
+        self._save(target, False)
+
+    def _can_wait(self, target: Path) -> bool:
+        """Whether a ``ModelCheckpoint`` asks, and none does more with a checkpoint than save it."""
+        rules = model_checkpoints(self)
+        quiet = all(
+            type(logger).after_save_checkpoint
+            in (Logger.after_save_checkpoint, TensorBoardLogger.after_save_checkpoint)
+            for logger in self.loggers
+        )
+        plain = (type(c) is ModelCheckpoint and c.save_last != "link" for c in rules)
+        return quiet and all(plain) and str(target) in kept_by(self)
+
+    def _save(self, target: Path, weights_only: bool) -> None:
+        """Copy the state and have it written, unless the same state has this name already."""
+        save = Save(self._batches, weights_only, str(target) in kept_by(self))
+        if self._saves.pop(target, None) == save:
+            self._saves[target] = save
+            return
+        module: Any = self.lightning_module
         keep = module.save_memory and not weights_only
         bank = module.banks.get("train")
+        self._written = max(time.time_ns(), self._written + 1)
         info = {
             "step": self.global_step,
             "memory": bank is not None and keep,
-            "weights_only": bool(weights_only),
+            "weights_only": weights_only,
+            "run": self._lineage,
+            "written": self._written,
             **resume_facts(getattr(self, "datamodule", None)),
         }
         part = self._copy_part(bank, keep)
-        checkpoint = self._checkpoint_connector.dump_checkpoint(bool(weights_only))
+        checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
+        if self._loops[0] == save.batches:
+            checkpoint["loops"]["fit_loop"] = self._loops[1]
         state = None
         if self.is_global_zero:
             state = apply_to_collection(checkpoint, Tensor, _to_host)
-        staging = checkpoints.staging_folder(target, self._run_name, self.global_step)
-        self.saved_step = self.global_step
+            checkpoints.reserve(target)
+        self._number += 1
+        staging = checkpoints.staging_folder(target, self._run_name, self._number)
+        self._saves[target] = save
+        if not weights_only:
+            self.saved_step = self.global_step
         self.writer.submit(lambda: self._write(target, staging, part, state, info))
 
     def _write(
@@ -201,13 +300,15 @@ class MemoryTrainer(Trainer):
                 self.strategy.checkpoint_io.save_checkpoint(state, files[-1])
             checkpoints.mark_done(staging, part.rank, files)
             if state is not None:
-                checkpoints.finish(staging, target, self.world_size, info)
+                ended = self.liveness.has_ended
+                checkpoints.finish(staging, target, self.world_size, info, has_ended=ended)
         except Exception as error:
             reason = str(error) or type(error).__name__
             checkpoints.mark_failed(staging, part.rank, reason)
             if state is not None:
                 checkpoints.remove(staging)
+                checkpoints.unreserve(target)
             raise UserError(
                 f"checkpoint {target}: could not be written ({reason}); earlier ones are unharmed, "
-                "go on with --ckpt_path last"
+                "resume with --ckpt_path last"
             ) from error

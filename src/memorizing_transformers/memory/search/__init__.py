@@ -1,73 +1,74 @@
 """Finding, for every query, the slots of its row's memory with the largest inner products.
 
-Shapes: B rows, G key/value heads, Q queries of a head group, M slots, K neighbours, D head width.
+To add a search, write it as ``protocol.Search`` says and enter it into ``SEARCHES``.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from functools import partial
 
-from torch import Tensor
+from .auto import AutoSearch
+from .bucketed import BucketedSearch
+from .exact import ExactSearch
+from .protocol import Backend, Neighbours, Search
+from .reference import reference_search
 
-from ..ring import Memory
-
-
-class Neighbours(NamedTuple):
-    """What a search returns."""
-
-    slots: Tensor
-    """(B, G, Q, K) int64 slots of the row's ring, best first; any number where not ``valid``."""
-    valid: Tensor
-    """(B, G, Q, K) bool; False where the row holds fewer than K pairs."""
+__all__ = ["SEARCHES", "Backend", "Neighbours", "Search", "is_approximate", "make_search"]
 
 
-class Search(Protocol):
-    """A search backend: reads a memory, changes nothing, takes detached queries."""
+def _faiss(kind: str) -> Callable[[float, int | None], Search]:
+    def build(recall_target: float, score_bytes: int | None) -> Search:
+        from .indexes import FaissSearch
 
-    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
-        """Find ``top_k`` neighbours of queries (B, G, Q, D) in their own row and head."""
+        return FaissSearch(kind, recall_target)  # type: ignore[arg-type]
+
+    return build
+
+
+def _auto(recall_target: float, score_bytes: int | None) -> Search:
+    return AutoSearch(partial(make_search, recall_target=recall_target, score_bytes=score_bytes))
+
+
+def _ivf_bytes(width: int) -> int:
+    return 4 * width + 8
+
+
+def _hnsw_bytes(width: int) -> int:
+    return 4 * width + 8 + 128  # the links
+
+
+SEARCHES: dict[str, Backend] = {
+    "auto": Backend(_auto),
+    "exact": Backend(lambda recall_target, score_bytes: ExactSearch(score_bytes)),
+    "bucketed": Backend(BucketedSearch, approximate=True),
+    "faiss": Backend(_faiss("ivf"), approximate=True, index_bytes=_ivf_bytes),
+    "faiss-flat": Backend(_faiss("flat")),
+    "faiss-ivf": Backend(_faiss("ivf"), approximate=True, index_bytes=_ivf_bytes),
+    "faiss-hnsw": Backend(_faiss("hnsw"), approximate=True, index_bytes=_hnsw_bytes),
+    "reference": Backend(lambda recall_target, score_bytes: reference_search),
+}
+"""By their name in ``model.memory.search``."""
 
 
 def make_search(name: str, recall_target: float = 0.95, score_bytes: int | None = None) -> Search:
-    """The backend of that name.
+    """The search of that name.
 
     Args:
         name: one of ``SEARCHES``.
         recall_target: expected share of the true neighbours, for approximate searches.
-        score_bytes: bytes of scores that ``exact`` and ``bucketed`` may hold at once; None for what
-            suits the device.
+        score_bytes: bytes of scores that may live at once; None for what suits the device.
 
     Raises:
         ImportError: where a faiss search is asked for and faiss is not installed.
         ValueError: where there is no search of that name.
     """
-    from .auto import AutoSearch
-    from .bucketed import BucketedSearch
-    from .exact import ExactSearch
-    from .reference import reference_search
-
-    if name == "reference":
-        return reference_search
-    if name == "exact":
-        return ExactSearch(score_bytes)
-    if name == "bucketed":
-        return BucketedSearch(recall_target, score_bytes)
-    if name == "auto":
-        return AutoSearch(recall_target, score_bytes)
-    if name in FAISS_KINDS:
-        from .indexes import FaissSearch
-
-        return FaissSearch(FAISS_KINDS[name], recall_target)
-    raise ValueError(f"no search named {name!r}; there is {', '.join(SEARCHES)}")
+    if name not in SEARCHES:
+        raise ValueError(f"no search named {name!r}; there is {', '.join(SEARCHES)}")
+    return SEARCHES[name].build(recall_target, score_bytes)
 
 
-FAISS_KINDS: dict[str, Literal["flat", "ivf", "hnsw"]] = {
-    "faiss": "ivf",
-    "faiss-flat": "flat",
-    "faiss-ivf": "ivf",
-    "faiss-hnsw": "hnsw",
-}
-"""The kind of index behind each name; ``faiss`` alone is the one that grows best."""
-
-SEARCHES = ("auto", "exact", "bucketed", *FAISS_KINDS, "reference")
-"""What ``make_search`` knows."""
+def is_approximate(name: str, search: Search) -> bool:
+    """Whether a search of that name may miss neighbours; of ``auto`` what it chose is asked."""
+    choice = getattr(search, "choice", None) if name == "auto" else None
+    return SEARCHES[name if choice is None else choice.name].approximate

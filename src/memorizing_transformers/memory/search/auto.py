@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..ring import Memory
-from . import Neighbours, Search, make_search
-from .bucketed import QUANTIZED_SLOTS, ROUGH_SLOTS
+from .policy import QUANTIZED_SLOTS, ROUGH_SLOTS
+from .protocol import Neighbours, Search
 from .quantized import has_fast_int8
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,11 @@ class AutoSearch:
     """Chooses at the first search, says so in the log, and stays with it.
 
     Args:
-        recall_target: expected share of the true neighbours, for approximate searches.
-        score_bytes: bytes of scores that may live at once; None for what suits the device.
+        make: makes the search of a name.
     """
 
-    def __init__(self, recall_target: float = 0.95, score_bytes: int | None = None) -> None:
-        self.recall_target = recall_target
-        self.score_bytes = score_bytes
+    def __init__(self, make: Callable[[str], Search]) -> None:
+        self.make = make
         self.choice: Choice | None = None
         self._search: Search | None = None
 
@@ -66,6 +65,6 @@ class AutoSearch:
         if self._search is None:
             batch, groups, size, _ = memory.keys.shape
             self.choice = choose_search(memory.keys.device.type, size, batch, groups)
-            self._search = make_search(self.choice.name, self.recall_target, self.score_bytes)
+            self._search = self.make(self.choice.name)
             logger.info("memory search: %s (%s)", *self.choice)
         return self._search(queries, memory, top_k)

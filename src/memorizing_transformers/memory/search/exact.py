@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ring import Memory
-from . import Neighbours
 from .host import SCORE_BYTES as HOST_SCORE_BYTES
 from .host import HostScan
 from .largest import largest
+from .protocol import Neighbours
 from .scan import SCORE_BYTES, score_blocks
 
 
@@ -32,6 +32,10 @@ class ExactSearch:
         if queries.device.type == "cpu":
             room = self.score_bytes or HOST_SCORE_BYTES
             return HostScan(None, torch.float32, room)(queries, memory, top_k)
+        return self._on_device(queries, memory, top_k)
+
+    def _on_device(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+        """Block by block, the best so far merged with each block's best."""
         batch, groups, count, _ = queries.shape
         shape = (batch, groups, count, top_k)
         best = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)

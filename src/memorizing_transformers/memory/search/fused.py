@@ -18,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ring import Memory
+from .host import apart
+from .protocol import Neighbours
+from .torch_buckets import best_buckets
 
 WIDEST = 256
 """Largest head width D that leaves a block of keys room beside the queries."""
@@ -87,21 +90,23 @@ def bucket_maxima_kernel(
     tl.store(slots + out, turn * num_buckets + bucket[None, :], real)
 
 
+def triton_buckets(
+    queries: Tensor, memory: Memory, count: int, buckets: int, score_bytes: int
+) -> Neighbours:
+    """The ``count`` best of the best slots of ``buckets`` buckets, or of more where they are fewer
+    than ``count``; by scores of factors in bfloat16."""
+    buckets = max(buckets, apart(count))
+    return best_buckets(bucket_maxima, queries, memory, count, buckets, score_bytes)
+
+
 def bucket_maxima(
-    queries: Tensor, memory: Memory, num_buckets: int, rows: slice = slice(None)
+    queries: Tensor,
+    memory: Memory,
+    num_buckets: int,
+    rows: slice = slice(None),
+    score_bytes: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The best slot of each bucket in some rows.
-
-    Args:
-        queries: (B, G, Q, D), D at most ``WIDEST``.
-        memory: what is searched.
-        num_buckets: buckets L.
-        rows: consecutive rows, b of them.
-
-    Returns:
-        scores (b, G, Q, L) fp32, minus infinity where a bucket is empty, and slots (b, G, Q, L)
-        int64.
-    """
+    """``torch_buckets.BucketMaxima``; D is at most ``WIDEST``, and no scores are held."""
     queries = queries[rows]
     batch, groups, count, width = queries.shape
     shape = (batch, groups, count, num_buckets)
@@ -120,26 +125,28 @@ def bucket_maxima(
     wide = width > 128
     block = min(64 if wide else 128, max(16, triton.next_power_of_2(count)))
     programs = triton.cdiv(count, block) * triton.cdiv(num_buckets, BLOCK_BUCKETS)
-    bucket_maxima_kernel[(batch * groups * programs,)](
-        queries.to(torch.float32 if interpreted else torch.bfloat16).contiguous(),
-        keys,
-        keys if scales is None else scales,
-        valid.to(torch.int8),
-        (valid * number).amax(1),
-        best,
-        slots,
-        count,
-        memory.size,
-        used,
-        num_buckets,
-        groups,
-        WIDTH=width,
-        SCALED=scales is not None,
-        FACTOR=tl.float32 if interpreted else tl.bfloat16,
-        BLOCK_Q=block,
-        BLOCK_L=BLOCK_BUCKETS,
-        BLOCK_D=max(16, triton.next_power_of_2(width)),
-        num_warps=4 if block < 64 else 8,
-        num_stages=2 if wide or keys.dtype == torch.float32 else 3,
-    )
+    # Triton launches on the current GPU, whichever the tensors are on.
+    with torch.cuda.device_of(queries):
+        bucket_maxima_kernel[(batch * groups * programs,)](
+            queries.to(torch.float32 if interpreted else torch.bfloat16).contiguous(),
+            keys,
+            keys if scales is None else scales,
+            valid.to(torch.int8),
+            (valid * number).amax(1),
+            best,
+            slots,
+            count,
+            memory.size,
+            used,
+            num_buckets,
+            groups,
+            WIDTH=width,
+            SCALED=scales is not None,
+            FACTOR=tl.float32 if interpreted else tl.bfloat16,
+            BLOCK_Q=block,
+            BLOCK_L=BLOCK_BUCKETS,
+            BLOCK_D=max(16, triton.next_power_of_2(width)),
+            num_warps=4 if block < 64 else 8,
+            num_stages=2 if wide or keys.dtype == torch.float32 else 3,
+        )
     return best, slots

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..ring import Memory
-from . import Neighbours
 from .largest import MOST_MEMBERS, among, largest, members_for
+from .protocol import Neighbours
 
 SCORE_BYTES = 32 * 2**20
 """Scores that live at once: what stays near a CPU's outer cache."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ring import Memory
-from . import Neighbours
+from .protocol import Neighbours
 
 # Its type stubs know the C++ names only.
 faiss: Any = _faiss

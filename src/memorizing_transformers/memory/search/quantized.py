@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..indexed import Rows, dots
 from ..ring import Memory
-from . import Neighbours
 from .largest import largest
+from .protocol import Neighbours
 
 QUERIES = 256
 """Queries of a chunk, at most."""
@@ -44,7 +44,7 @@ CLIP = 8.0
 
 def has_fast_int8() -> bool:
     """Whether this CPU has instructions for products of bytes."""
-    return torch.cpu._is_vnni_supported()
+    return bool(torch.cpu.get_capabilities().get("avx512_vnni"))
 
 
 def _levels(width: int) -> int:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..indexed import Rows, dots
 from ..ring import Memory
-from . import Search
 from .exact import ExactSearch
+from .protocol import Search
 
 
 @torch.no_grad()

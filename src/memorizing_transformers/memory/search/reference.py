@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ring import Memory
-from . import Neighbours
+from .protocol import Neighbours
 
 
 def reference_search(queries: Tensor, memory: Memory, top_k: int) -> Neighbours:

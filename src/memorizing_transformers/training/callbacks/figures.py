@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ...data.batch import Batch
+from ...data.batch import Batch, fp64_device
 from ...memory import MemoryBank
 from .observing import Harmless, tensorboards
 
@@ -155,7 +155,9 @@ class LossByPosition(Callback):
         if not self._active:
             return
         self._bank = None
-        sums = trainer.strategy.reduce(self._sums.sums.to(pl_module.device), reduce_op="sum")
+        sums = trainer.strategy.reduce(
+            self._sums.sums.to(fp64_device(pl_module.device)), reduce_op="sum"
+        )
         self._sums.sums = sums.cpu()
         if not self._sums.sums[0].any():
             return

@@ -8,19 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from ...data.batch import Batch
+from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank, Neighbours
+from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
 from ...model import ModelOutput, Retrieval, Transformer
-from ...model.attention import MemoryLayerAttention
 from ..sharded import whole
 from .observing import Harmless, Observer, log_scalars, tensorboards
 
-APPROXIMATE = ("bucketed", "faiss", "faiss-ivf", "faiss-hnsw")
-"""Searches that may miss neighbours."""
 RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""
 HISTOGRAM_PAIRS = 65536
@@ -38,7 +35,7 @@ def retrieved_ages(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Ten
     row = torch.arange(retrieval.slots.shape[0], device=retrieval.slots.device)
     row = row[:, None, None, None].expand_as(retrieval.slots)[retrieval.valid]
     slots = retrieval.slots[retrieval.valid]
-    return step - memory.steps[row, slots].double(), memory.age()[row, slots].double() + 1
+    return step - in_fp64(memory.steps[row, slots]), in_fp64(memory.age()[row, slots]) + 1
 
 
 def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) -> float:
@@ -58,23 +55,13 @@ def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) ->
     return measured_recall(lambda *_: found, asked[:, :, chosen], memory, top_k)
 
 
-def memory_attention(net: Transformer) -> dict[int, MemoryLayerAttention]:
-    """The layers that reach the memory."""
-    attentions = {index: layer.attention for index, layer in enumerate(net.layers)}
-    return {i: a for i, a in attentions.items() if isinstance(a, MemoryLayerAttention)}
-
-
 def learned_gates(net: Transformer) -> dict[int, Tensor]:
     """By memory layer the share of the memory in each head (H,), where it is a learned number.
 
     A collective where weights are sharded.
     """
-    gates = {layer: attention.gate for layer, attention in memory_attention(net).items()}
-    return {
-        layer: torch.sigmoid(whole(gate.detach()).float())
-        for layer, gate in gates.items()
-        if isinstance(gate, Tensor)
-    }
+    shares = {layer: reader.gate.learned() for layer, reader in net.readers().items()}
+    return {layer: whole(share) for layer, share in shares.items() if share is not None}
 
 
 class RetrievalLogging(Observer):
@@ -86,28 +73,16 @@ class RetrievalLogging(Observer):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         super().__init__(every_n_steps)
-        self._searches: dict[int, Any] = {}
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to observe."""
-        super().on_fit_start(trainer, pl_module)
-        attentions = memory_attention(self._module.net)
-        self._searches = {layer: attention.search for layer, attention in attentions.items()}
-
-    def _is_approximate(self, layer: int) -> bool:
-        # The automatic choice knows what it chose once it has searched.
-        choice = getattr(self._searches[layer], "choice", None)
-        name = choice.name if choice is not None else self._module.config.memory.search
-        return name in APPROXIMATE
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Log the scalars of this step."""
         config, scalars = self._module.config, {}
+        readers = self._module.net.readers()
         for layer, retrieval in output.retrievals.items():
             memory, name = bank.memories[layer], f"layer{layer}"
             scalars[f"memory/fill/{name}"] = (memory.fill / memory.size).mean().item()
             scalars[f"memory/share/{name}"] = retrieval.share.mean().item()
-            if config.memory.combine in ("content", "joint"):
+            if readers[layer].gate.depends_on_token:
                 for head, share in enumerate(retrieval.share.mean((0, 2)).tolist()):
                     scalars[f"memory/share/{name}_head{head}"] = share
             if not retrieval.valid.any():
@@ -115,7 +90,7 @@ class RetrievalLogging(Observer):
             steps, tokens = retrieved_ages(memory, retrieval, step)
             scalars[f"memory/retrieved_age_steps/{name}"] = steps.mean().item()
             scalars[f"memory/retrieved_age_tokens/{name}"] = tokens.mean().item()
-            if self._is_approximate(layer):
+            if is_approximate(config.memory.search, readers[layer].search):
                 recall = retrieval_recall(memory, retrieval, config.kv_heads)
                 scalars[f"memory/recall/{name}"] = recall
         if output.retrievals:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...data.batch import Batch
+from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Transformer
 from ..sharded import is_sharded
@@ -51,13 +51,14 @@ def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> d
     if int(memory.positions[row, slots[0]]) > 0 and fresh.caches:
         before = tokens[(slots - segment) % memory.size][None].to(home)
         fresh.commit(net(before, fresh).pairs)
-    new = net(tokens[slots][None].to(home), fresh).pairs[layer][0][0].float().to(memory.device)
+    read = net(tokens[slots][None].to(home), fresh).pairs.memory[layer]
+    new = read[0][0].float().to(memory.device)
     stored = memory.keys_at((slice(row, row + 1), slice(None), slots))[0]
     norms = stored.norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-6)
     return {
         "key_cosine": torch.cosine_similarity(stored, new, dim=-1).mean().item(),
         "key_norm_ratio": norms.mean().item(),
-        "sample_step": memory.steps[row, slots].double().mean().item(),
+        "sample_step": in_fp64(memory.steps[row, slots]).mean().item(),
     }
 
 
@@ -79,7 +80,7 @@ class StalenessLogging(Observer):
             valid = memory.valid()
             if not valid.any():
                 continue
-            stored = (step - memory.steps[valid].double()).mean()
+            stored = (step - in_fp64(memory.steps[valid])).mean()
             scalars[f"memory/stored_age_steps/{name}"] = stored.item()
             drift = self._drift(bank, layer, batch.input_ids.shape[1])
             if drift:

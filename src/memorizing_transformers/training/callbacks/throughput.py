@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ...data.batch import Batch
@@ -14,12 +15,15 @@ class Throughput(Callback):
     """Logs counted training tokens per second over all ranks, without the time of validation.
 
     Attributes:
-        tokens: tokens that this process's ranks have trained on in this run.
+        tokens: tokens that all ranks have trained on in this run, exact at every measurement and at
+            the end. In between this rank's own stand for those of the others, and in a
+            checkpoint too: to ask them, all would have to meet.
         seconds: the time it took.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
+        self._own = 0
         self.seconds = 0.0
         self._window = (0, 0.0)
         self._batches = 0
@@ -33,7 +37,15 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
-        self._window = (self.tokens, self.seconds)
+        self._window, self._own = (self.tokens, self.seconds), 0
+
+    def _meet(self, trainer: Any) -> None:
+        """Count what the ranks have read since the last measurement (a collective)."""
+        if trainer.world_size > 1:
+            own = torch.tensor(self._own, device=trainer.strategy.root_device)
+            everybody = int(trainer.strategy.reduce(own, reduce_op="sum"))
+            self.tokens += everybody - self._own * trainer.world_size
+        self._own = 0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
@@ -51,12 +63,19 @@ class Throughput(Callback):
     ) -> None:
         """Stop the clock; measure anew every ``trainer.log_every_n_steps`` batches."""
         self.seconds += time.perf_counter() - self._began
-        self.tokens += int(batch.mask.sum()) * trainer.world_size
+        counted = int(batch.mask.sum())
+        self._own += counted
+        self.tokens += counted * trainer.world_size
         self._batches += 1
         if self._batches % max(1, trainer.log_every_n_steps) == 0:
+            self._meet(trainer)
             tokens, seconds = self._window
             self._speed = (self.tokens - tokens) / (self.seconds - seconds)
             self._window = (self.tokens, self.seconds)
         if self._speed is not None:
             # At every batch: the loggers keep their own count, which goes on over an epoch's end.
             pl_module.log("throughput/tokens_per_second", self._speed, prog_bar=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the rest."""
+        self._meet(trainer)

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...data.batch import Batch
 from ...memory import Memory, Neighbours, Search
 from .observing import log_scalars
-from .retrieval import memory_attention
 
 
 def wait_for(device: torch.device) -> None:
@@ -31,6 +30,11 @@ class TimedSearch:
     def __init__(self, search: Search) -> None:
         self.search = search
         self.seconds = 0.0
+
+    @property
+    def choice(self) -> Any:
+        """What an automatic choice chose; None for other searches."""
+        return getattr(self.search, "choice", None)
 
     def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
         wait_for(queries.device)
@@ -78,8 +82,8 @@ class StepTiming(Callback):
         if not (wanted and trainer.loggers):
             return
         self._measuring, self._step = True, step
-        for layer, attention in memory_attention(pl_module.net).items():
-            attention.search = self._searches[layer] = TimedSearch(attention.search)
+        for layer, reader in pl_module.net.readers().items():
+            reader.search = self._searches[layer] = TimedSearch(reader.search)
         wait_for(pl_module.device)
         self._began = time.perf_counter()
 
@@ -106,5 +110,5 @@ class StepTiming(Callback):
 
     def _restore(self, module: Any) -> None:
         for layer, timed in self._searches.items():
-            module.net.layers[layer].attention.search = timed.search
+            module.net.readers()[layer].search = timed.search
         self._searches, self._measuring = {}, False

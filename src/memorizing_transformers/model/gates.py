@@ -1,0 +1,125 @@
+"""Gates: how a memory layer joins what it retrieved with local attention.
+
+A gate is one class and one entry of ``GATES``. It gives the memory's share of each head's output:
+``output = share * memory + (1 - share) * local``.
+
+Shapes: B rows, H query heads, N segment.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .config import MemoryConfig
+
+
+class Gate(nn.Module):
+    """The memory's share of a layer's output.
+
+    Args:
+        num_heads: query heads H.
+        d_model: width of the hidden states.
+        config: the memory's settings.
+    """
+
+    needs_local_mass: ClassVar[bool] = False
+    """Whether ``share`` reads the log mass of local attention, which costs a slower kernel."""
+    depends_on_token: ClassVar[bool] = False
+    """Whether tokens of one head differ in their share."""
+
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
+        super().__init__()
+
+    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+        """The memory's share in [0, 1], broadcastable to (B, H, N), in fp32.
+
+        Rows whose memory is empty get a share of 0 afterwards, whatever is returned here.
+
+        Args:
+            hidden: (B, N, d_model) what the layer's attention reads.
+            local_mass: (B, H, N) log of the summed exponentials of the local scores; None unless
+                ``needs_local_mass``.
+            memory_mass: (B, H, N) the same of the retrieved pairs' scores.
+        """
+        raise NotImplementedError
+
+    def learned(self) -> Tensor | None:
+        """(H,) the share of each head, where it is one learned number; else None."""
+        return None
+
+
+class HeadGate(Gate):
+    """A learned number per head: ``share = sigmoid(logit)``. Wu et al., 2022, section 3.2."""
+
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
+        super().__init__(num_heads, d_model, config)
+        self.logit = nn.Parameter(torch.full((num_heads,), _logit(config.gate_init)))
+
+    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+        """(H, 1)."""
+        return torch.sigmoid(self.logit.float())[:, None]
+
+    def learned(self) -> Tensor | None:
+        """(H,) shares; sharded where the weights are."""
+        return torch.sigmoid(self.logit.detach().float())
+
+
+class FixedGate(Gate):
+    """The same share for all heads and tokens, ``fixed_value``; nothing is learned."""
+
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
+        super().__init__(num_heads, d_model, config)
+        self.value = config.fixed_value
+
+    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+        """(B, H, N)."""
+        return torch.full_like(memory_mass, self.value)
+
+
+class ContentGate(Gate):
+    """A share per head and token: ``share = sigmoid(W hidden + b)``."""
+
+    depends_on_token = True
+
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
+        super().__init__(num_heads, d_model, config)
+        self.linear = nn.Linear(d_model, num_heads)
+        nn.init.constant_(self.linear.bias, _logit(config.gate_init))
+
+    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+        """(B, H, N)."""
+        return torch.sigmoid(self.linear(hidden).float()).transpose(1, 2)
+
+
+class JointGate(Gate):
+    """One softmax over retrieved and local keys; nothing is learned.
+
+    It weighs each set's own softmax by its part of the summed exponentials:
+    ``share = sigmoid(memory_mass - local_mass)``.
+    """
+
+    needs_local_mass = True
+    depends_on_token = True
+
+    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+        """(B, H, N)."""
+        assert local_mass is not None
+        return torch.sigmoid(memory_mass - local_mass)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
+GATES: dict[str, type[Gate]] = {
+    "gate": HeadGate,
+    "fixed": FixedGate,
+    "content": ContentGate,
+    "joint": JointGate,
+}
+"""By their name in ``model.memory.combine``."""

@@ -1,0 +1,94 @@
+"""A ring that takes over what another one held, of whatever size and age."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from slow_ring import HEADS, WIDTH, SlowRow, assert_same, random_segment, write_to_both
+
+from memorizing_transformers.memory import Memory
+
+
+def test_a_checkpoint_from_before_pairs_could_be_dropped_is_read() -> None:
+    source, slow = Memory(2, HEADS, 7, WIDTH), [SlowRow(7), SlowRow(7)]
+    write_to_both(source, [random_segment(2, 5) for _ in range(2)], slow)
+    old = {name: tensor for name, tensor in source.tensors().items() if name != "oldest"}
+    memory = Memory(2, HEADS, 7, WIDTH)
+    memory.write(*random_segment(2, 5)[:2])
+    memory.drop(torch.tensor([3, 5]))
+    memory.load(old)
+    assert_same(memory, slow)
+
+
+@pytest.mark.parametrize("new", [7, 4, 20])
+def test_a_checkpoint_that_holds_positions_in_32_bits_is_read(new: int) -> None:
+    """They are not needed, so those that ran over do no harm."""
+    source, slow = Memory(2, HEADS, 7, WIDTH), [SlowRow(7), SlowRow(7)]
+    write_to_both(source, [random_segment(2, 5, padded=True) for _ in range(3)], slow)
+    old = {**source.tensors(), "positions": torch.full((2, 7), -(2**31), dtype=torch.int32)}
+    memory = Memory(2, HEADS, new, WIDTH)
+    memory.load(old)
+    for row in slow:
+        row.size, row.pairs = new, row.pairs[-new:]
+    assert_same(memory, slow)
+
+
+@pytest.mark.parametrize("before", [0, 1, 4], ids=lambda n: f"{n} segments")
+@pytest.mark.parametrize(("old", "new"), [(7, 7), (7, 3), (7, 20), (7, 50), (12, 8)])
+def test_loaded_into_another_size_it_holds_the_newest_pairs_and_no_others(
+    old: int, new: int, before: int
+) -> None:
+    """What the smaller one had overwritten is not there, and is not taken for empty keys either."""
+    source, slow = Memory(3, HEADS, old, WIDTH), [SlowRow(old) for _ in range(3)]
+    write_to_both(source, [random_segment(3, 5, padded=True) for _ in range(before)], slow)
+    memory = Memory(3, HEADS, new, WIDTH)
+    memory.write(*random_segment(3, 9)[:2])
+    memory.load({name: tensor.clone() for name, tensor in source.tensors().items()})
+    for row in slow:
+        row.size, row.pairs = new, row.pairs[-new:]
+    assert_same(memory, slow)
+    for _ in range(15):  # and goes on as if it had been there from the first
+        write_to_both(memory, [random_segment(3, 4, padded=True)], slow)
+        assert_same(memory, slow)
+    for mask in (torch.tensor([True, False, True]), None):
+        memory.reset(mask)
+        slow = [SlowRow(new), slow[1] if mask is not None else SlowRow(new), SlowRow(new)]
+        write_to_both(memory, [random_segment(3, 5)], slow)
+        assert_same(memory, slow)
+
+
+def test_loaded_twice_through_a_larger_one_it_is_still_right() -> None:
+    slow, segments = [SlowRow(7)], [random_segment(1, 5) for _ in range(4)]
+    memory = Memory(1, HEADS, 7, WIDTH)
+    write_to_both(memory, segments, slow)
+    for size in (11, 16, 9):
+        larger = Memory(1, HEADS, size, WIDTH)
+        larger.load(memory.tensors())
+        memory = larger
+        slow[0].size, slow[0].pairs = size, slow[0].pairs[-size:]
+        assert_same(memory, slow)
+        write_to_both(memory, [random_segment(1, 2)], slow)
+        assert_same(memory, slow)
+
+
+@pytest.mark.parametrize("size", [7, 40], ids=["wrapped", "not full"])
+@pytest.mark.parametrize("again", [1, 3], ids=["one row reset", "all rows reset"])
+def test_loaded_into_the_same_size_it_is_the_same_bit_for_bit(again: int, size: int) -> None:
+    source = Memory(3, HEADS, size, WIDTH)
+    source.write(*random_segment(3, 9)[:2])
+    source.reset(torch.arange(3) < again)
+    source.write(*random_segment(3, 3)[:2])
+    memory = Memory(3, HEADS, size, WIDTH)
+    memory.write(*random_segment(3, 2)[:2])
+    memory.load(source.tensors())
+    assert memory.max_fill == source.max_fill
+    for name, tensor in source.tensors().items():
+        assert torch.equal(memory.tensors()[name], tensor), name
+        assert memory.tensors()[name].data_ptr() != tensor.data_ptr(), name
+
+
+def test_loaded_into_another_dtype_it_is_rounded() -> None:
+    source, memory = Memory(1, HEADS, 7, WIDTH), Memory(1, HEADS, 9, WIDTH, torch.bfloat16)
+    source.write(*random_segment(1, 6)[:2])
+    memory.load(source.tensors())
+    assert torch.equal(memory.keys[:, :, :6], source.keys[:, :, :6].bfloat16())

@@ -1,0 +1,483 @@
+"""Every end of a run is saved once, says what it was, and can be resumed from."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    Timer,
+)
+from small import Losses, assert_alike, command, make_data, make_module, state
+from test_resume import QUIET
+
+from memorizing_transformers.training import checkpoints
+from memorizing_transformers.training.checkpoints import candidates, read_manifest, verify
+from memorizing_transformers.training.ends import end_line
+from memorizing_transformers.training.module import MemorizingLM
+from memorizing_transformers.training.signals import Interrupted
+from memorizing_transformers.training.trainer import MemoryTrainer
+
+
+class At(Callback):
+    """Does something in a hook at a step."""
+
+    def __init__(self, hook: str, step: int, action: Callable[[Any], None]) -> None:
+        self.done = 0
+
+        def act(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            if trainer.global_step == step and not trainer.sanity_checking:
+                self.done += 1
+                action(trainer)
+
+        setattr(self, hook, act)
+
+
+def stop(trainer: Any) -> None:
+    trainer.should_stop = True
+
+
+def send(number: int) -> Callable[[Any], None]:
+    return lambda trainer: os.kill(os.getpid(), number)
+
+
+def trainer_of(folder: Path, *callbacks: Any, keep: Any = None, **options: Any) -> MemoryTrainer:
+    keep = ModelCheckpoint(folder, every_n_train_steps=1000) if keep is None else keep
+    settings = {**QUIET, "max_steps": 1000, "limit_val_batches": 0, **options}
+    return MemoryTrainer(callbacks=[*callbacks, keep], **settings)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder that training can resume from, all verified."""
+    manifests = [verify(path) for path in candidates(folder)]
+    return [m["step"] for m in manifests if not m["weights_only"]]
+
+
+VALIDATING = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+ENDS: dict[str, tuple[Callable[[], list[Any]], dict[str, Any], int | None, str]] = {
+    "max_steps": (list, {"max_steps": 7}, 7, "trainer.max_steps = 7"),
+    "max_steps at a validation": (list, {"max_steps": 6, **VALIDATING}, 6, "max_steps = 6"),
+    "max_epochs": (list, {"max_epochs": 2, "limit_train_batches": 4, "max_steps": -1}, 8, "epochs"),
+    "time": (lambda: [Timer(duration={"seconds": 0.2})], {}, None, "the time was up"),
+    "early stopping": (
+        lambda: [EarlyStopping("val/loss", patience=0, min_delta=1e9)],
+        VALIDATING,
+        6,
+        "EarlyStopping by val/loss",
+    ),
+    "should_stop": (lambda: [At("on_train_batch_end", 5, stop)], {}, 5, "should_stop"),
+    "should_stop in a validation": (
+        lambda: [At("on_validation_start", 3, stop)],
+        VALIDATING,
+        3,
+        "should_stop",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_every_end_is_saved_once_and_says_what_it_was(
+    name: str, texts: Path, tmp_path: Path
+) -> None:
+    callbacks, options, expected, told = ENDS[name]
+    trainer = trainer_of(tmp_path, *callbacks(), **options)
+    trainer.fit(make_module(), datamodule=make_data(texts))
+    step = trainer.global_step
+    assert step == expected or expected is None
+    assert steps_in(tmp_path) == [step]
+    line = end_line(trainer)
+    assert told in line
+    assert f"step {step}" in line
+    assert "--ckpt_path last" in line
+    assert line.count(str(candidates(tmp_path)[0])) == 1
+
+
+@pytest.mark.parametrize("name", ["should_stop", "should_stop in a validation", "max_steps"])
+def test_what_follows_an_end_is_what_would_have_followed(
+    name: str, texts: Path, tmp_path: Path
+) -> None:
+    """Also in the middle of an epoch: no text is left out, none is read twice."""
+    callbacks, options, _, _ = ENDS[name]
+    losses = [Losses(), Losses(), Losses()]
+    for folder, seen, more in (
+        ("stopped", losses[0], callbacks()),
+        ("resumed", losses[1], []),
+        ("whole", losses[2], []),
+    ):
+        limits = {**options, **({} if folder == "stopped" else {"max_steps": 11})}
+        trainer = trainer_of(tmp_path / folder, seen, *more, **limits)
+        resume = candidates(tmp_path / "stopped")[0] if folder == "resumed" else None
+        trainer.fit(make_module(dropout=0.1), datamodule=make_data(texts), ckpt_path=resume)
+    assert losses[0].values + losses[1].values == losses[2].values
+
+
+def test_a_stop_that_min_steps_forbids_saves_nothing_before_the_end(
+    texts: Path, tmp_path: Path
+) -> None:
+    options = {"min_steps": 6, "limit_train_batches": 4}
+    trainer = trainer_of(tmp_path, At("on_train_batch_end", 2, stop), **options)
+    trainer.fit(make_module(), datamodule=make_data(texts))
+    assert trainer.global_step == 6
+    assert steps_in(tmp_path) == [6]
+    assert trainer._number == 1
+
+
+SIGNALS = [
+    (signal.SIGTERM, "on_train_batch_start", {}, 143),
+    (signal.SIGINT, "on_before_optimizer_step", {}, 130),
+    (signal.SIGTERM, "on_validation_batch_start", {**VALIDATING, "val_check_interval": 5}, 143),
+]
+
+
+@pytest.mark.parametrize(("number", "hook", "options", "code"), SIGNALS)
+def test_a_signal_ends_a_run_behind_the_step_and_the_run_can_be_resumed_exactly(
+    number: int, hook: str, options: Any, code: int, texts: Path, tmp_path: Path
+) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    whole = trainer_of(tmp_path / "whole", losses := Losses(), max_steps=9, **options)
+    module = make_module(dropout=0.1)
+    whole.fit(module, datamodule=make_data(texts))
+    stopped = trainer_of(
+        tmp_path / "stopped", first := Losses(), At(hook, 5, send(number)), **options
+    )
+    with pytest.raises(Interrupted) as end:
+        stopped.fit(make_module(dropout=0.1), datamodule=make_data(texts))
+    assert end.value.code == code
+    step = stopped.global_step
+    assert steps_in(tmp_path / "stopped") == [step]
+    assert step == (5 if "validation" in hook else 6)
+    assert f"at step {step}" in str(end.value)
+    assert "--ckpt_path last" in str(end.value)
+    assert not [*(tmp_path / "stopped").glob(".*")]
+    rest = trainer_of(tmp_path / "rest", second := Losses(), max_steps=9, **options)
+    resumed = make_module(dropout=0.1)
+    path = candidates(tmp_path / "stopped")[0]
+    rest.fit(resumed, datamodule=make_data(texts), ckpt_path=path)
+    assert first.values + second.values == losses.values
+    assert_alike(state(resumed), state(module))
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_accumulated_gradients_are_not_lost_by_a_signal(texts: Path, tmp_path: Path) -> None:
+    options = {"accumulate_grad_batches": 3}
+    at = At("on_train_batch_start", 2, send(signal.SIGTERM))
+    stopped = trainer_of(tmp_path, at, **options)
+    with pytest.raises(Interrupted):
+        stopped.fit(make_module(), datamodule=make_data(texts))
+    assert (stopped.global_step, at.done) == (3, 3)
+    assert steps_in(tmp_path) == [3]
+
+
+def test_more_signals_while_the_end_is_saved_change_nothing(texts: Path, tmp_path: Path) -> None:
+    class Again(Callback):
+        def on_exception(self, *args: Any) -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+
+    stopped = trainer_of(tmp_path, Again(), At("on_train_batch_start", 2, send(signal.SIGTERM)))
+    with pytest.raises(Interrupted) as end:
+        stopped.fit(make_module(), datamodule=make_data(texts))
+    assert end.value.code == 143
+    assert steps_in(tmp_path) == [3]
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(texts: Path, tmp_path: Path) -> None:
+    late = At("on_train_end", 3, send(signal.SIGTERM))
+    with pytest.raises(Interrupted) as end:
+        trainer_of(tmp_path, late, max_steps=3).fit(make_module(), datamodule=make_data(texts))
+    assert end.value.code == 143
+    assert steps_in(tmp_path) == [3]
+
+
+def test_a_signal_before_the_first_step_saves_nothing(texts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    early = At("on_fit_start", 0, send(signal.SIGTERM))
+    with pytest.raises(Interrupted) as end:
+        trainer_of(folder, early, max_steps=3).fit(make_module(), datamodule=make_data(texts))
+    assert end.value.code == 143
+    assert "before the first step" in str(end.value)
+    assert not candidates(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_line_ends_with_the_signals_code_one_line_and_no_table(
+    number: int, code: int, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = MemorizingLM.training_step
+
+    def interrupted(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 2:
+            os.kill(os.getpid(), number)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(MemorizingLM, "training_step", interrupted)
+    left, out, err = command("fit", "--config", config)
+    assert left == code
+    (line,) = [line for line in err.splitlines() if "stopped by" in line]
+    assert f"{signal.Signals(number).name} at step 3" in line
+    assert "Traceback" not in out + err
+    assert "memory switched off" not in out
+    assert not [*(tmp_path / "runs").rglob("report.json")]
+    monkeypatch.setattr(MemorizingLM, "training_step", original)
+    more = ("--trainer.max_steps", 4, "--final_report", "false", "--ckpt_path", "last")
+    assert command("fit", "--config", config, *more)[0] == 0
+    assert steps_in(tmp_path / "runs")[0] == 4
+
+
+def test_the_table_names_the_checkpoint_that_holds_its_weights(
+    config: Path, tmp_path: Path
+) -> None:
+    """A run that ends by its epochs, long after the last save by a rule."""
+    limits = (
+        "--trainer.max_steps",
+        -1,
+        "--trainer.max_epochs",
+        1,
+        "--trainer.limit_train_batches",
+        5,
+    )
+    total = ("--model.optimizer.total_steps", 5, "--trainer.val_check_interval", 4)
+    code, out, err = command("fit", "--config", config, *limits, *total)
+    assert code == 0, err
+    named = re.search(r"^checkpoint: (.+)$", out, re.MULTILINE)
+    assert named
+    assert read_manifest(Path(named[1]))["step"] == 5
+    weights = torch.load(Path(named[1]) / "trainer.ckpt", weights_only=True)
+    assert weights["global_step"] == 5
+    assert "trainer.max_epochs = 1 reached" in out
+    tested, _, _ = command("test", "--config", config, "--ckpt_path", "last")
+    assert tested == 0
+
+
+def test_a_run_that_has_nothing_to_do_says_so(config: Path) -> None:
+    given = ("fit", "--config", config, "--final_report", "false", "--trainer.max_steps", 3)
+    assert command(*given)[0] == 0
+    code, out, _ = command(*given, "--ckpt_path", "last")
+    assert code == 0
+    assert "trainer.max_steps = 3 reached" in out
+    code, out, _ = command(*given, "--trainer.limit_train_batches", 0)
+    assert code == 0
+    assert "no training batches" in out
+
+
+RULES: dict[str, list[dict[str, Any]]] = {
+    "link": [{"save_last": "link", "monitor": "val/loss"}],
+    "link to each": [{"save_last": "link", "every_n_train_steps": 1, "save_top_k": -1}],
+    "link of none": [{"save_last": "link", "save_top_k": 0, "every_n_train_steps": 2}],
+    "epoch end": [{"save_on_train_epoch_end": True, "save_last": True}],
+    "none kept": [{"save_top_k": 0, "every_n_train_steps": 2}],
+    "two kept under one name": [
+        {"save_top_k": 2, "monitor": "val/loss", "filename": "best", "mode": "max"}
+    ],
+    "one name, no counter": [
+        {"enable_version_counter": False, "filename": "best", "every_n_train_steps": 2}
+    ],
+    "called last": [{"filename": "last", "monitor": "val/loss", "mode": "max"}],
+    "all the time": [{"train_time_interval": {"seconds": 0}, "save_last": True}],
+    "weights only": [{"save_weights_only": True, "save_last": True, "every_n_train_steps": 2}],
+    "slash": [{"filename": "{step}-{val/loss:.2f}", "save_top_k": 2, "monitor": "val/loss"}],
+    "two in one folder": [
+        {"save_last": True, "monitor": "val/loss"},
+        {"save_last": True, "every_n_train_steps": 2, "save_top_k": 2, "monitor": "val/accuracy"},
+    ],
+    "two in one folder, no counter": [
+        {"enable_version_counter": False, "monitor": "val/loss", "mode": "max", "filename": "x"},
+        {"enable_version_counter": False, "every_n_train_steps": 2, "filename": "{step}"},
+    ],
+    "one name for both": [
+        {"enable_version_counter": False, "monitor": "val/loss", "filename": "{step}"},
+        {
+            "enable_version_counter": False,
+            "monitor": "val/loss",
+            "filename": "{step}",
+            "mode": "max",
+            "save_top_k": 3,
+        },
+    ],
+    "two folders": [{"save_last": True}, {"dirpath": "other", "every_n_train_steps": 3}],
+    "link beside another": [
+        {"save_last": "link", "monitor": "val/loss"},
+        {"every_n_train_steps": 1, "save_top_k": 1, "filename": "newest-{step}"},
+    ],
+}
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    mark = checkpoints.mark_done
+
+    def slow(*args: Any) -> None:
+        time.sleep(seconds)
+        mark(*args)
+
+    monkeypatch.setattr(checkpoints, "mark_done", slow)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_whatever_the_rules_nothing_finished_is_lost(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a callback counts on is there as it was saved, and the end is there too; saving in
+    the background, on a slow disk, leaves the same."""
+    left = []
+    asked: dict[str, int] = {}
+    written: list[tuple[Any, ...]] = []
+    save, write = MemoryTrainer.save_checkpoint, MemoryTrainer._write
+
+    def noted(self: Any, path: Any, *args: Any) -> None:
+        asked[str(path)] = self.global_step
+        save(self, path, *args)
+
+    def counted(self: Any, target: Path, *args: Any) -> None:
+        written.append((target, args[-1]["step"], args[-1]["weights_only"]))
+        write(self, target, *args)
+
+    monkeypatch.setattr(MemoryTrainer, "save_checkpoint", noted)
+    monkeypatch.setattr(MemoryTrainer, "_write", counted)
+    for background in (False, True):
+        home = tmp_path / str(background)
+        home.mkdir()
+        monkeypatch.chdir(home)
+        asked.clear()
+        written.clear()
+        if background:
+            slow_disk(monkeypatch, 0.05)
+        rules = []
+        for rule in RULES[name]:
+            settings = dict(rule)
+            if "train_time_interval" in settings:
+                settings["train_time_interval"] = timedelta(**settings["train_time_interval"])
+            rules.append(ModelCheckpoint(**{"dirpath": "checkpoints", **settings}))
+        options = {**QUIET, **VALIDATING, "val_check_interval": 4, "max_steps": 10}
+        trainer = MemoryTrainer(callbacks=rules, background_save=background, **options)
+        trainer.fit(make_module(), datamodule=make_data(texts))
+        for rule in rules:
+            for path in filter(None, (*rule.best_k_models, rule.best_model_path)):
+                assert verify(Path(path))["step"] == asked[path]
+        found = {}
+        for path in home.rglob("*.ckpt"):
+            if path.name != "trainer.ckpt":
+                found[str(path.relative_to(home))] = verify(path)["step"]
+        left.append(found)
+        assert max(steps_in(home)) == 10
+        assert len({*written}) == len(written)
+        assert not [path.name for path in home.rglob(".*")]
+    assert left[0] == left[1]
+
+
+def test_a_checkpoint_that_was_removed_is_not_taken_for_the_end(
+    texts: Path, tmp_path: Path
+) -> None:
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+
+    def drop(trainer: Any) -> None:
+        path, keep.best_model_path = keep.best_model_path, ""
+        trainer.strategy.remove_checkpoint(path)
+
+    trainer = trainer_of(tmp_path, At("on_train_epoch_end", 3, drop), keep=keep, max_steps=3)
+    trainer.fit(make_module(), datamodule=make_data(texts))
+    assert steps_in(tmp_path) == [3]
+
+
+def test_epochs_are_counted_alike_after_a_stop_within_one(texts: Path, tmp_path: Path) -> None:
+    limits = {"limit_train_batches": 6, "max_epochs": 3, "max_steps": -1}
+    stopped = trainer_of(tmp_path, At("on_train_batch_end", 8, stop), **limits)
+    stopped.fit(make_module(), datamodule=make_data(texts))
+    assert steps_in(tmp_path) == [8]
+    resumed = trainer_of(tmp_path, **limits)
+    path = candidates(tmp_path)[0]
+    resumed.fit(make_module(), datamodule=make_data(texts), ckpt_path=path)
+    assert (resumed.global_step, resumed.current_epoch) == (18, 3)
+
+
+def test_a_callback_may_use_what_it_has_just_saved(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_disk(monkeypatch, 0.3)
+
+    def copy(trainer: Any) -> None:
+        trainer.save_checkpoint(tmp_path / "own.ckpt")
+        shutil.copytree(tmp_path / "own.ckpt", tmp_path / "copy.ckpt")
+
+    trainer = trainer_of(tmp_path / "x", At("on_train_batch_end", 2, copy), max_steps=3)
+    trainer.fit(make_module(), datamodule=make_data(texts))
+    assert verify(tmp_path / "copy.ckpt")["step"] == 2
+
+
+def test_a_checkpoint_of_an_exception_survives_a_test(texts: Path, tmp_path: Path) -> None:
+    def fail(trainer: Any) -> None:
+        raise RuntimeError("broken")
+
+    callbacks = [OnExceptionCheckpoint(tmp_path), At("on_train_batch_start", 2, fail)]
+    trainer = trainer_of(tmp_path / "x", *callbacks, max_steps=3)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.fit(make_module(), datamodule=make_data(texts))
+    verify(tmp_path / "on_exception.ckpt")
+    again = trainer_of(tmp_path / "x", OnExceptionCheckpoint(tmp_path), max_steps=3)
+    again.test(make_module(), datamodule=make_data(texts), ckpt_path=tmp_path / "on_exception.ckpt")
+    again.writer.wait()
+    verify(tmp_path / "on_exception.ckpt")
+
+
+def test_the_end_of_another_run_is_not_overwritten(texts: Path, tmp_path: Path) -> None:
+    """Two runs, one after the other, with a fixed dirpath."""
+    for _ in range(2):
+        trainer_of(tmp_path, max_steps=3).fit(make_module(), datamodule=make_data(texts))
+    assert steps_in(tmp_path) == [3, 3]
+    # The same run resumed replaces its own.
+    trainer = trainer_of(tmp_path, max_steps=5)
+    trainer.fit(make_module(), datamodule=make_data(texts), ckpt_path=candidates(tmp_path)[0])
+    assert steps_in(tmp_path) == [5, 3]
+
+
+@pytest.mark.parametrize("folder", ["", "other"])
+@pytest.mark.parametrize("clock", [1, -1])
+def test_who_goes_back_finds_the_new_steps_not_the_abandoned_ones(
+    clock: int, folder: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the clock of the machine was set back meanwhile."""
+    start = time.time_ns()
+    moments = iter(range(start, start + clock * 10**6, clock))
+    monkeypatch.setattr("time.time_ns", lambda: next(moments))
+    for steps, resume in ((8, None), (6, "step=4.ckpt")):
+        home = tmp_path / folder if resume else tmp_path
+        keep = ModelCheckpoint(home, "{step}", every_n_train_steps=4, save_top_k=-1)
+        trainer = trainer_of(home, keep=keep, max_steps=steps)
+        path = tmp_path / resume if resume else None
+        trainer.fit(make_module(), datamodule=make_data(texts), ckpt_path=path)
+    assert steps_in(tmp_path)[0] == 6
+    assert sorted(steps_in(tmp_path)) == [4, 6, 8]
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(texts: Path, tmp_path: Path) -> None:
+    def twice(trainer: Any) -> None:
+        send(signal.SIGINT)(trainer)
+        send(signal.SIGINT)(trainer)
+        raise AssertionError("not reached")
+
+    trainer = trainer_of(tmp_path, At("on_before_optimizer_step", 2, twice))
+    with pytest.raises(Interrupted) as end:
+        trainer.fit(make_module(), datamodule=make_data(texts))
+    assert end.value.code == 130
+    assert "within a step" in str(end.value)
+    assert not candidates(tmp_path)
+
+
+def test_a_test_ends_by_a_signal_too(texts: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, At("on_test_batch_start", 0, send(signal.SIGTERM)))
+    with pytest.raises(Interrupted) as end:
+        trainer.test(make_module(), datamodule=make_data(texts), verbose=False)
+    assert end.value.code == 143
+    assert not candidates(tmp_path)
