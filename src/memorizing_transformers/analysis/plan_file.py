@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, UserError
-from ..repeated import RepeatedKey, refuse_repeated_keys
+from ..errors import ConfigError
 from .plan import BASE, Budget, Plan, Variant
 
 OWNED = {
@@ -35,6 +34,20 @@ OWNED = {
 NAME = re.compile(r"\w[\w.+-]{0,99}")
 TAKEN = ("tensorboard", "table.md", "table.csv", "trials.csv", "plot.png")
 """What else stands in a plan's folder."""
+
+
+class Strict(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As yaml's own, before mappings are merged into one another."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            reason = f"{twice} stands there twice"
+            raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
+        return node
 
 
 def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, Any]:
@@ -123,15 +136,12 @@ def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -
         UserError: naming the key, its value and what would do.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        refuse_repeated_keys(text)
-        content = yaml.safe_load(text)
+        # Safe: the loader is yaml's own, made stricter.
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Strict)
     except OSError as error:
         raise ConfigError("plan", str(path), f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError("plan", str(path), "must be text in UTF-8") from error
-    except RepeatedKey as error:
-        raise UserError(f"plan {path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError("plan", str(path), f"is no YAML: {error}") from error
     given = _known(Plan, content, "plan")
