@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..errors import ConfigError, UserError
+from ..pace import Pace
 from .documents import Document, first_line
 from .settings import SPLITS, CorpusSettings, TokenizerSettings
 from .sources import Reading, fingerprint_sources, open_sources, refuse_leaks
@@ -196,12 +198,15 @@ def _long_enough(
 
 
 def _progress(documents: Iterator[Document], what: str) -> Iterator[Document]:
-    """Show documents and megabytes on a terminal; silent elsewhere."""
+    """Show documents and megabytes: a bar on a terminal, elsewhere a line now and then."""
     with tqdm(documents, desc=what, unit=" documents", disable=None) as bar:
-        characters = 0
-        for document in bar:
+        characters, pace = 0, Pace()
+        for number, document in enumerate(bar, start=1):
             characters += len(document.text)
-            bar.set_postfix_str(f"{characters / 1e6:.1f}M characters", refresh=False)
+            size = f"{characters / 1e6:.1f}M characters"
+            bar.set_postfix_str(size, refresh=False)
+            if bar.disable and pace.due():
+                print(f"{what}: {number:,} documents, {size}", file=sys.stderr, flush=True)
             yield document
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -16,7 +17,7 @@ from ..data.datamodule import DocumentDataModule
 from ..errors import ConfigError
 from ..failures import run, take_debug_flag
 from ..parsing import OneLineParser, configs_first
-from .callbacks import PredictionWriter
+from .callbacks import PredictionWriter, ProgressLines
 from .ends import end_line
 from .finding import resolve_checkpoint, saved_to
 from .logger import RunLogger, flat_settings
@@ -77,6 +78,13 @@ class RunPredictions(PredictionWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the folder (a collective)."""
         self.path = Path(trainer.log_dir or trainer.default_root_dir) / self.path.name
+
+
+def draws_a_bar(trainer: Any, callbacks: list[Any]) -> bool:
+    """Whether the trainer would bring a progress bar of its own, by its settings."""
+    if trainer["enable_progress_bar"] is False or trainer["barebones"]:
+        return False
+    return not any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
 class MemoryCLI(LightningCLI):
@@ -149,6 +157,10 @@ class MemoryCLI(LightningCLI):
             # A new run takes its number when it starts, and makes the folder with it.
             version = folder.name if resumes else None
             kwargs["logger"] = RunLogger(folder.parent, name="", version=version)
+        callbacks = config["trainer"]["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if draws_a_bar(config["trainer"], callbacks) and not sys.stdout.isatty():
+            kwargs["callbacks"] = [*callbacks, ProgressLines()]
         return super().instantiate_trainer(**kwargs)
 
     trainer: Any

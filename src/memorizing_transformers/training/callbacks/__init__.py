@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 
 from .clearing import MemoryClearing
 from .figures import LossByPosition
+from .lines import ProgressLines
 from .predictions import PredictionWriter
 from .retrieval import RetrievalHistograms, RetrievalLogging
 from .samples import RetrievalSamples
@@ -18,6 +19,7 @@ __all__ = [
     "LossByPosition",
     "MemoryClearing",
     "PredictionWriter",
+    "ProgressLines",
     "RetrievalHistograms",
     "RetrievalLogging",
     "RetrievalSamples",
