@@ -199,6 +199,8 @@ def fail(line: str, error: BaseException | None = None, code: int = GIVEN) -> No
         line = f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK'))}: {line}"
     elif not _first_of_node():
         sys.exit(code)
+    # Names of files may hold bytes that are no text.
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small import Run, command, make_data
+
+from memorizing_transformers.failures import DEBUG_VARIABLE
+from memorizing_transformers.training.module import MemorizingLM
 
 
 def error_of(*args: Any) -> str:
@@ -34,7 +38,7 @@ def error_of(*args: Any) -> str:
         ("--model.memory.layers=[2]", "model.memory.layers = [2]: each must lie between 0 and 1"),
         ("--model.num_heads=3", "model.num_heads = 3: must divide model.d_model (16)"),
         ("--model.num_kv_heads=3", "model.num_kv_heads = 3: must divide model.num_heads (2)"),
-        ("--model.memory.combine=sum", "'gate', 'fixed', 'content', 'joint'"),
+        ("--model.memory.combine=sum", "must be one of gate, fixed, content, joint"),
         ("--model.optimizer.betas=[0.9,1.5]", "model.optimizer.betas = (0.9, 1.5): each must lie"),
         ("--data.segment_length=0", "data.segment_length = 0: must be at least 1"),
         ("--data.source=nowhere.txt", "data.source = 'nowhere.txt': no such file or folder"),
@@ -56,9 +60,120 @@ def test_a_mistake_gets_one_line_and_nothing_is_written(
     assert [*config.parent.iterdir()] == [config]
 
 
+CALLBACKS = "lightning.pytorch.callbacks"
+
+
+def callback(name: str, **arguments: Any) -> str:
+    """The argument that gives a run one callback, of Lightning unless it is a full path."""
+    path = name if "." in name else f"{CALLBACKS}.{name}"
+    return "--trainer.callbacks=" + json.dumps([{"class_path": path, "init_args": arguments}])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (callback("LearningRateFinder"), "trainer.callbacks: LearningRateFinder: AttributeError"),
+        (callback("BatchSizeFinder"), "trainer.callbacks: BatchSizeFinder: Field batch_size"),
+        (callback("BackboneFinetuning"), "trainer.callbacks: BackboneFinetuning: AttributeError"),
+        (callback("StochasticWeightAveraging", swa_lrs=0.01), "StochasticWeightAveraging: SWA"),
+        (callback("EarlyStopping", monitor="val/x", mode="up"), "EarlyStopping: `mode` can be"),
+        (callback("EarlyStopping", monitr="val/x"), "EarlyStopping: Option 'monitr' is not acc"),
+        (callback("EarlyStopping", monitr="val/x"), "did you mean monitor?"),
+        (callback("LearningRateMonitor", logging_interval="day"), "logging_interval = day: must"),
+        (callback("Timer", duration="soon"), "trainer.callbacks: Timer: `Timer(duration='soon')`"),
+        (callback("ModelCheckpoint", save_top_k=-5), "ModelCheckpoint: Invalid value for save_to"),
+        (callback("GradientAccumulationScheduler", scheduling={"a": 1}), "scheduling: invalid"),
+        (callback("Nothing"), "trainer.callbacks = [{'class_path': 'lightning.pytorch.callba"),
+        (callback("no.such.Thing"), "No module named 'no'"),
+        (callback("os.path.join"), "must be a subclass of Callback"),
+        ("--trainer.devices=-1", "trainer: TypeError: `devices` selected with `CPUAccelerator`"),
+        ("--trainer.strategy=ddp_spawn", "trainer.strategy: processes copied from this one"),
+        ("--trainer.strategy=ddp_fork", "use trainer.strategy=ddp"),
+        ("--trainer.accelerator=quantum", "trainer: You selected an invalid accelerator"),
+        ("--trainer.precision=7", "trainer.precision = 7: must be 64, 32, 16"),
+        ("--trainer.precision=transformer-engine", "trainer.precision: TransformerEngine"),
+        ("--trainer.profiler=fast", "trainer: When passing string value for the `profiler`"),
+        ("--trainer.profiler=xla", "trainer.profiler: XLAProfiler: Requirement"),
+        ("--trainer.logger=WandbLogger", "trainer.logger"),
+        ("--trainer.logger=TensorBoardLogger", "trainer.logger: TensorBoardLogger: the following"),
+        ("--trainer.plugins=Nope", "trainer.plugins = Nope: must be"),
+        ("--trainer.max_time=soon", "trainer.callbacks: Timer:"),
+        ("--trainer.min_steps=many", "trainer.min_steps = many: must be int, null"),
+        ("--trainer.fast_dev_run=3.5", "trainer.fast_dev_run = 3.5: must be int, bool"),
+        ("--trainer.limit_val_batches=-3", "trainer: You have passed invalid value -3"),
+        ("--trainer.gradient_clip_algorithm=soft", "trainer: `gradient_clip_algorithm` soft"),
+        ("--model.optimizer.name=sgdx", "model.optimizer.name = sgdx: must be 'adamw', 'adafa"),
+        ("--model=5", "model"),
+    ],
+)
+def test_a_mistake_that_a_library_finds_gets_one_line(
+    config: Path, argument: str, message: str
+) -> None:
+    line = error_of("fit", "--config", config, argument)
+    assert message in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (callback("EarlyStopping", monitor="val/nothing"), "trainer.callbacks: EarlyStopping: E"),
+        (callback("ModelCheckpoint", monitor="val/nothing"), "`ModelCheckpoint(monitor='val/noth"),
+        (callback("ModelCheckpoint", filename="{x"), "trainer.callbacks: ModelCheckpoint: expect"),
+        (callback("ModelCheckpoint", dirpath="/dev/null/x"), "/dev/null/x"),
+    ],
+)
+def test_a_mistake_that_shows_during_training_gets_one_line(
+    config: Path, argument: str, message: str
+) -> None:
+    assert message in error_of("fit", "--config", config, argument, "--trainer.max_steps=8")
+
+
+def test_a_fault_of_the_program_gets_one_line_and_another_exit_code(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise IndexError("off by one")
+
+    monkeypatch.setenv(DEBUG_VARIABLE, "")
+    monkeypatch.setattr(MemorizingLM, "log_training", fail)
+    code, _, err = command("fit", "--config", config)
+    assert code == 1
+    assert err.splitlines()[-1] == "error: IndexError: off by one; --debug shows where"
+    assert "Traceback" not in err
+    code, _, err = command("fit", "--config", config, "--debug")
+    assert code == 1
+    assert "in log_training" not in err  # it is replaced
+    assert "in training_step" in err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(MemorizingLM, "configure_optimizers", fail)
+    assert command("fit", "--config", config)[0] == 2
+
+
+def test_callbacks_with_members_of_enumerations_work(config: Path) -> None:
+    given = callback("Timer", duration="00:00:10:00")
+    assert command("fit", "--config", config, given, "--trainer.max_steps=2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command_name", "key"),
+    [("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "predict")],
+)
+def test_a_command_without_batches_says_so(config: Path, command_name: str, key: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        command(command_name, "--config", config, f"--trainer.limit_{key}_batches=0")
+    said = [str(warning.message) for warning in caught]
+    assert f"trainer.limit_{key}_batches = 0: {command_name} has nothing to do" in said
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("data: {batch_rows: 2}\ndata: {seed: 3}", "data is given twice, in lines 1 and 2"),
+        ("model:\n  d_ff: 8\n  d_ff: 9", "model.d_ff is given twice, in lines 2 and 3"),
+        ('{"model": {"d_ff": 8,\n "d_ff": 8}}', "model.d_ff is given twice, in lines 1 and 2"),
+        ("data.seed: 2\ndata: {seed: 3}", "data.seed is given twice, in lines 1 and 2"),
         ("model: {memory: {sise: 3}}", "'model.memory.sise'; did you mean model.memory.size?"),
         ("data: {bach_rows: 3}", "'data.bach_rows'; did you mean data.batch_rows?"),
         ("trainr: {max_steps: 3}", "'trainr.max_steps'; did you mean trainer.max_steps?"),

@@ -1,0 +1,109 @@
+"""A clone works from its root with the requirements installed and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+IMPORT = "from memorizing_transformers import MemorizingTransformer as M; print(M.__module__)"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a clone holds and running needs."""
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    folder.mkdir()
+    for name in ("src", "configs"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
+        )
+    for name in ("train.py", "memorizing_transformers.py"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def python(clone: Path, *args: str, cwd: Path | None = None, code: int = 0) -> str:
+    """What Python prints in a clone, where packages are installed but this project is not.
+
+    ``-S`` leaves out what an editable install puts on the path; the packages come back by name.
+    """
+    places = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    done = subprocess.run(
+        [sys.executable, "-S", *args],
+        cwd=cwd or clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_package_is_found_by_a_snippet_in_the_root(clone: Path) -> None:
+    (clone / "snippet.py").write_text(IMPORT)
+    for args in (["snippet.py"], ["-c", IMPORT]):
+        assert python(clone, *args).strip() == "memorizing_transformers.hub"
+    found = python(
+        clone, "-c", "import memorizing_transformers as m; print(m.__file__, m.__path__)"
+    )
+    package = clone / "src" / "memorizing_transformers"
+    assert found.strip() == f"{package / '__init__.py'} {[str(package)]}"
+
+
+def test_it_is_one_package_however_it_is_reached(clone: Path) -> None:
+    code = (
+        "import memorizing_transformers.errors as a, sys, importlib.util, pickle\n"
+        "sys.path.insert(0, 'src')\n"
+        "import memorizing_transformers.errors as b\n"
+        "assert a is b and pickle.loads(pickle.dumps(a.UserError)) is b.UserError\n"
+        "assert importlib.util.find_spec('memorizing_transformers').submodule_search_locations"
+    )
+    python(clone, "-c", code)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_train_py_runs(clone: Path, elsewhere: bool, tmp_path: Path) -> None:
+    args = ["fit", "--config", str(clone / "configs" / "quickstart.yaml"), "--print_config"]
+    file = str(clone / "train.py") if elsewhere else "train.py"
+    for options in ([], ["-P"] if sys.version_info >= (3, 11) else []):
+        found = python(clone, *options, file, *args, cwd=tmp_path if elsewhere else None)
+        assert "max_steps:" in found
+
+
+def test_the_commands_run(clone: Path) -> None:
+    args = ["-m", "memorizing_transformers", "estimate", "--config", "configs/quickstart.yaml"]
+    assert "parameters" in python(clone, *args)
+    missing = ["-m", "memorizing_transformers", "estimate", "--config", "nowhere.yaml"]
+    assert "error: " in python(clone, *missing, code=2)
+
+
+def test_a_worker_of_ablate_is_found(clone: Path) -> None:
+    assert "list index out of range" in python(
+        clone, "-m", "memorizing_transformers.analysis.worker", code=1
+    )
+
+
+def test_without_the_requirements_one_line_says_what_to_install(clone: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "train.py", "fit"],
+        cwd=clone,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No module named ")
+    assert "pip install -r requirements.txt" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
