@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -180,7 +182,32 @@ def test_one_process_of_a_machine_speaks_and_all_fail(
     assert said == ["error: mine\n", "", ""]
 
 
-def test_complaints_of_what_is_half_made_are_not_heard(capsys: pytest.CaptureFixture) -> None:
+def in_a_loop(error: Exception) -> Callable[[], None]:
+    """Work that fails within Lightning's loop over batches."""
+    names: dict[str, Any] = {"__name__": "lightning.pytorch.loops.fit_loop", "error": error}
+    exec("def advance():\n    raise error", names)
+    work: Callable[[], None] = names["advance"]
+    return work
+
+
+def test_after_the_first_batch_every_rank_speaks_with_its_number(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = "; --debug shows where\n"
+    assert ended(in_a_loop(KeyError(1)), capsys) == (1, f"error: KeyError: 1{shown}")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ended(in_a_loop(KeyError(1)), capsys) == (1, f"error: rank 1: KeyError: 1{shown}")
+    monkeypatch.setenv("RANK", "9")
+    assert ended(in_a_loop(UserError("mine")), capsys) == (2, "error: rank 9: mine\n")
+    assert ended(in_a_loop(MemoryError()), capsys)[0] == 2
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert ended(in_a_loop(full), capsys)[0] == 2
+    assert ended(in_a_loop(ConnectionResetError("gone")), capsys)[0] == 1
+
+
+def test_complaints_of_what_is_half_made_are_not_heard(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Half:
         def __init__(self) -> None:
             raise ValueError("cannot be made")
@@ -188,10 +215,13 @@ def test_complaints_of_what_is_half_made_are_not_heard(capsys: pytest.CaptureFix
         def __del__(self) -> None:
             raise AttributeError("has not been made")
 
-    hook = sys.unraisablehook
+    heard: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
     code, said = ended(Half, capsys)
+    gc.collect()
     assert (code, len(said.splitlines())) == (2, 1)
-    assert sys.unraisablehook is hook
+    assert not heard
+    assert sys.unraisablehook == heard.append
 
 
 def test_the_line_is_given_as_it_is(capsys: pytest.CaptureFixture) -> None:

@@ -337,6 +337,11 @@ def test_saving_says_what_it_cannot_do(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "model", shard=3)
     model.save_pretrained(tmp_path / "model", is_main_process=False)
     assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "model" / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be written"):
+        model.save_pretrained(tmp_path / "model")
 
 
 def test_an_upload_that_fails_leaves_the_folder(

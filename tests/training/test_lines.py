@@ -60,13 +60,13 @@ def lines_of(
     """What a run prints whose batches take a second each."""
     callback = Slow(every)
     callback.clock = clock
-    trainer = make_trainer(
-        **{"max_steps": 40, "log_every_n_steps": 1, "enable_progress_bar": True, **options},
-        callbacks=[callback],
-    )
+    given = {"max_steps": 40, "log_every_n_steps": 1, "enable_progress_bar": True, **options}
+    checkpoint = given.pop("ckpt_path", None)
+    trainer = make_trainer(**given, callbacks=[callback])
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        getattr(trainer, what)(make_module(), datamodule=make_data(texts))
+        run = getattr(trainer, what)
+        run(make_module(), datamodule=make_data(texts), ckpt_path=checkpoint)
     kinds = ("step", "validation", "test: batch", "predict: batch")
     return [line for line in out.getvalue().splitlines() if line.startswith(kinds)]
 
@@ -102,6 +102,24 @@ def test_what_is_left_follows_from_whatever_bounds_the_run(clock: Clock, texts: 
     assert f"/{-(-batches // 2)}," in line
 
 
+def test_the_nearest_of_several_bounds_counts(clock: Clock, texts: Path) -> None:
+    for seconds, left in ((20, 20 - 6), (1000, 40 - 6)):
+        limits = {"max_time": {"seconds": seconds}, "limit_val_batches": 0}
+        line = lines_of(clock, texts, 5, **limits)[1]
+        assert line.startswith("step 6/40,")
+        assert line.endswith(f", {duration(left)} left")
+
+
+def test_a_resumed_run_counts_its_own_time(clock: Clock, texts: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=20)
+    trainer.fit(make_module(), datamodule=make_data(texts))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    lines = lines_of(clock, texts, 5, limit_val_batches=0, ckpt_path=tmp_path / "half.ckpt")
+    assert steps_of(lines) == [21, 26, 31, 36]
+    for line, step in zip(lines, steps_of(lines), strict=True):
+        assert line.endswith(f" {duration(40 - step)} left")
+
+
 def make_data_loader(texts: Path) -> Any:
     data = make_data(texts)
     trainer = make_trainer(max_steps=1)
@@ -132,6 +150,12 @@ def test_evaluations_say_their_batches_and_validations_their_result(
         name = "validation" if what == "validate" else what
         assert found
         assert all(line.startswith(f"{name}: batch ") for line in found)
+
+
+def test_the_sanity_check_says_nothing(clock: Clock, texts: Path) -> None:
+    options = {"limit_val_batches": 5, "val_check_interval": 20}
+    lines = lines_of(clock, texts, 1, num_sanity_val_steps=5, **options)
+    assert lines[0].startswith("step 1/40")
 
 
 def test_frequent_validations_do_not_flood(clock: Clock, texts: Path) -> None:

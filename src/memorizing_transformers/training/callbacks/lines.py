@@ -88,7 +88,8 @@ class ProgressLines(ProgressBar):
         """How long the rest takes at the pace so far."""
         step, began = self._began
         done = trainer.global_step - step
-        estimates = [timer.time_remaining() for timer in trainer.callbacks if type(timer) is Timer]
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+        estimates = [timer.time_remaining() for timer in timers]
         if done > 0 and math.isfinite(end):
             each = (time.monotonic() - began) / done
             estimates.append((end - trainer.global_step) * each)
