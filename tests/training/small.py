@@ -8,6 +8,7 @@ import math
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def command(*args: Any) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
+        mock.patch.dict("os.environ"),  # Lightning notes ranks there
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
