@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from memorizing_transformers.analysis.notes import write_json
 from memorizing_transformers.analysis.outcome import FIGURES, make_rows, write_outcome
 from memorizing_transformers.analysis.plan import Budget, Plan, Variant
 from memorizing_transformers.analysis.trial import Trial
+from memorizing_transformers.errors import UserError
 
 Figures = Mapping[str, Sequence[float | None]]
 Finish = Callable[[Mapping[str, Figures]], tuple[Plan, list[Trial]]]
@@ -172,3 +174,25 @@ def test_the_table_says_what_it_compares(finish: Finish) -> None:
     assert re.search(r"against base\b.*over 2 documents", table)
     # A single document that differs could as well differ the other way.
     assert cells(table, "x")["Δ loss (p)"].endswith("(1)")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"3"])
+@pytest.mark.parametrize("name", ["result.json", "documents.json"])
+def test_damaged_results_are_named(name: str, content: bytes, finish: Finish) -> None:
+    plan, trials = finish({"base": {"loss": [1.0]}, "x": {"loss": [2.0]}})
+    (trials[1].path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"x/seed-0/{name} is damaged"):
+        write_outcome(plan, trials)
+
+
+def test_a_result_without_its_documents_is_not_compared(finish: Finish) -> None:
+    plan, trials = finish({"base": {"loss": [1.0]}, "x": {"loss": [2.0]}})
+    (trials[1].path / "documents.json").unlink()
+    assert make_rows(plan, trials)[1].difference is None
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(finish: Finish) -> None:
+    plan, trials = finish({"base": {"perplexity": [1.0]}, "\u8a9e\u5f59": {"perplexity": [2.0]}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "\u8a9e\u5f59" in write_outcome(plan, trials)

@@ -20,11 +20,14 @@ def read_json(path: Path) -> Any:
     """The content of a file, or None where there is none.
 
     Raises:
-        UserError: where it holds no JSON.
+        UserError: where it holds no JSON object.
     """
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; delete the folder {path.parent}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; delete the folder {path.parent}")
+    return found

@@ -6,6 +6,7 @@ import csv
 import math
 import shutil
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,10 @@ def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
     axes.set_ylim(max(1, len(shown)) - 0.5, -0.5)
     axes.set_xlabel(f"{plan.split} perplexity (± sample standard deviation over seeds)")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        # The font may lack letters of a variant's name.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, dpi=150)
 
 
 def write_hparams(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None:
