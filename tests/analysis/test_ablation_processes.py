@@ -62,7 +62,8 @@ class Processes:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "jobs"), [("2,5", 3), ("2,5", 1), ("0,1,2", 2), ("7", 3), ("", 2), ("1,0", 9)]
+    ("gpus", "jobs"),
+    [("2,5", 3), ("2,5", 1), ("0,1,2", 2), ("7", 3), ("", 2), ("1,0", 9), ("4,", 2)],
 )
 def test_runs_side_by_side_are_shared_out_over_the_gpus(
     gpus: str, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +82,7 @@ def test_runs_side_by_side_are_shared_out_over_the_gpus(
     assert all("code 1" in str(trial.failure) for trial in trials)
     assert processes.threads == {"3"}
     assert max(map(len, processes.crowds)) == min(jobs, len(trials))
-    named = gpus.split(",") if gpus else []
+    named = [gpu for gpu in gpus.split(",") if gpu]
     for crowd in processes.crowds:
         counts = [crowd.count(gpu) for gpu in named] or [len(crowd)]
         assert sum(counts) == len(crowd)
