@@ -1,5 +1,7 @@
 """Draw perplexity against the size of the memory in the test, from tables of test-memory.yaml.
 
+Where there are several seeds, bars show the sample standard deviation.
+
 python benchmarks/plot_test_memory.py --tables runs/ablations/test-memory/trials.csv --names latex
 """
 
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -44,8 +48,11 @@ def main() -> None:
         if not found:
             raise SystemExit(f"{path} has no variant named mem and a number")
         for kind, line in found.items():
-            means = [sum(some) / len(some) for some in line.values()]
-            axis.plot(list(line), means, marker="o", label=TRAINED[kind])
+            sizes = sorted(line)
+            means = [statistics.fmean(line[size]) for size in sizes]
+            several = [line[size] if len(line[size]) > 1 else None for size in sizes]
+            spreads = [math.nan if some is None else statistics.stdev(some) for some in several]
+            axis.errorbar(sizes, means, spreads, marker="o", capsize=3, label=TRAINED[kind])
         axis.set_xscale("symlog", base=2, linthresh=256)
         ticks = sorted({slots for line in found.values() for slots in line})
         axis.set_xticks(ticks, [f"{slots:,}" for slots in ticks], rotation=45)

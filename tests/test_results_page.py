@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ assert SPEC.loader is not None
 results_page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(results_page)
 PAGE = results_page.PAGE.read_text(encoding="utf-8")
+TABLES = sorted((results_page.PAGE.parent / "results" / "ablations").glob("*-table.csv"))
 
 
 def test_the_page_says_what_the_raw_results_say() -> None:
@@ -39,3 +42,31 @@ def test_variants_without_a_file_or_a_result_are_refused() -> None:
 def test_every_table_of_raw_results_is_linked_to() -> None:
     files = sorted((results_page.PAGE.parent / "results" / "ablations").glob("*.csv"))
     assert [file.name for file in files if f"results/ablations/{file.name}" not in PAGE] == []
+
+
+def records(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)
+def test_tables_are_means_and_sample_deviations_of_the_raw_results(table: Path) -> None:
+    raw = records(table.with_name(table.name.replace("-table", "")))
+    for row in records(table):
+        own = [one for one in raw if one["variant"] == row["variant"] and not one["failure"]]
+        assert int(row["seeds"]) == len(own)
+        for key in [key for key in raw[0] if f"{key}_std" in row]:
+            values = [float(one[key]) for one in own if one[key]]
+            mean = [statistics.fmean(values)] if values else []
+            spread = [statistics.stdev(values)] if len(values) > 1 else []
+            assert ([float(row[key])] if row[key] else []) == pytest.approx(mean)
+            found = [float(row[f"{key}_std"])] if row[f"{key}_std"] else []
+            assert found == pytest.approx(spread)
+        assert bool(row["loss_difference_std"]) <= (len(own) > 1)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)
+def test_no_p_value_is_below_what_its_documents_can_give(table: Path) -> None:
+    for row in records(table):
+        if row["p_value"]:
+            assert 2 * 0.5 ** int(row["documents"]) <= float(row["p_value"]) <= 1

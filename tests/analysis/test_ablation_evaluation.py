@@ -69,7 +69,12 @@ def test_a_model_without_memory_gives_its_weights_to_one_with(saved: Any) -> Non
 
 
 def test_gates_are_left_out_where_there_is_no_memory(saved: Any) -> None:
-    load_weights(net(2, layers=[]), saved(net(1)), fresh_memory=False)
+    target, source = net(2, layers=[]), net(1)
+    own, given = target.state_dict(), source.state_dict()
+    assert not torch.equal(own["embedding.weight"], given["embedding.weight"])
+    load_weights(target, saved(source), fresh_memory=False)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in target.state_dict().items())
+    assert any("gate" in name for name in given.keys() - own.keys())
 
 
 def test_weights_of_another_shape_are_refused(saved: Any) -> None:

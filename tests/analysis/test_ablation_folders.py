@@ -11,6 +11,7 @@ import pytest
 from plans import VARIANTS, write_plan
 
 from memorizing_transformers.analysis import ablate
+from memorizing_transformers.analysis.notes import write_json
 from memorizing_transformers.analysis.plan_file import load_plan
 from memorizing_transformers.analysis.trial_callbacks import SameTexts
 from memorizing_transformers.errors import UserError
@@ -34,9 +35,17 @@ def test_a_source_that_changed_takes_those_with_it_that_start_from_it(
 
 def test_a_folder_that_moved_is_the_same(base: Path, tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
-    ablate.make_trials(load_plan(plan))
+    for trial in ablate.make_trials(load_plan(plan)):
+        write_json(trial.path / "result.json", {"loss": len(trial.variant)})
     (tmp_path / "out").rename(tmp_path / "moved")
-    ablate.make_trials(load_plan(plan, out=str(tmp_path / "moved")))
+    moved = ablate.make_trials(load_plan(plan, out=str(tmp_path / "moved")))
+    assert len(moved) == 1 + len(VARIANTS)
+    for trial in moved:
+        assert trial.result == {"loss": len(trial.variant)}
+        assert trial.path == tmp_path / "moved" / trial.variant / "seed-0"
+        if trial.source is not None:
+            assert Path(trial.source).parent.parent == tmp_path / "moved"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": 1}'])

@@ -79,6 +79,12 @@ def write(path: Path, base: Path, /, **changes: Any) -> Path:
         (variant(overrides={"data.test_source": "/nowhere"}), "data.test_source = '/nowhere'"),
         (variant(overrides={"data.source": "/nowhere"}), "data.source = '/nowhere'"),
         ({"variants": [{"overrides": {}}]}, "name"),
+        (variant(overrides={"model.d_ff": 8, "model": {"d_ff": 16}}), "model.d_ff is given twice"),
+        (variant(overrides={"model": {"d_ff": 16}, "model.d_ff": 8}), "model.d_ff is given twice"),
+        ({"variants": [{"name": "\u8a9e" * 100}]}, "200 bytes"),
+        ({"seeds": [0.0]}, "seeds = [0.0]"),
+        ({"seeds": [True]}, "seeds = [True]"),
+        ({"base": "a\0b"}, "base = 'a\\x00b'"),
     ],
 )
 def test_bad_plans_are_refused_before_anything_runs(
@@ -104,14 +110,31 @@ def test_bad_plans_are_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"budget: {tokens: 640}\nbudget: {tokens: 1280}\n", "budget stands there twice"),
+        (b"budget: {tokens: 640}\nbudget: {tokens: 1280}\n", "budget is given twice"),
         ("variants: [{name: \u00e9}]".encode("latin-1"), "UTF-8"),
+        (b"a: " + b"{b: " * 2000 + b"}" * 2000, "nested too deeply"),
     ],
 )
 def test_bad_files_are_refused(text: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_bytes(text)
     with pytest.raises(UserError, match=said):
         load_plan(tmp_path / "plan.yaml")
+
+
+def test_mappings_that_hold_themselves_are_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(
+        f"base: {base}\nbudget: {{tokens: 640}}\n"
+        "variants: [{name: a, overrides: &a {model: *a}}]\n"
+    )
+    with pytest.raises(UserError, match="nested too deeply"):
+        load_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b""])
+def test_a_base_that_is_no_config_is_named(content: bytes, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"base = '.*base\.yaml': "):
+        load_plan(write(tmp_path / "plan.yaml", tmp_path / "base.yaml"))
 
 
 def test_merged_mappings_may_lay_a_key_over_another(base: Path, tmp_path: Path) -> None:
@@ -133,9 +156,15 @@ def test_overrides_that_are_no_mapping_are_refused(
         load_plan(write(tmp_path / "plan.yaml", base), overrides)
 
 
-def test_a_folder_that_is_no_text_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="out = 3"):
-        load_plan(write(tmp_path / "plan.yaml", base, out=3))
+@pytest.mark.parametrize("out", [3, "", "a\0b"])
+def test_a_folder_that_is_no_path_is_refused(out: object, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="out = "):
+        load_plan(write(tmp_path / "plan.yaml", base, out=out))
+    if out == "a\0b":
+        with pytest.raises(UserError, match="out = "):
+            load_plan(write(tmp_path / "plan.yaml", base), out=out)
+        with pytest.raises(UserError, match="plan = "):
+            load_plan(out)
 
 
 def test_nested_overrides_are_dotted_ones(base: Path, tmp_path: Path) -> None:

@@ -32,34 +32,63 @@ def test_threads_are_those_given_or_of_the_environment_or_a_share(
     assert ablate.Runner([], jobs=2, threads=5).threads == 5
 
 
-def test_runs_side_by_side_are_dealt_out_over_the_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Processes:
+    """Stands for ``subprocess.Popen``: each ends after some polls, in an order of its own."""
+
+    def __init__(self, lives: list[int]) -> None:
+        self.lives = lives
+        self.alive: list[str] = []
+        """GPUs of the processes that run now."""
+        self.crowds: list[list[str]] = []
+        """The same, whenever one has started."""
+        self.threads: set[str] = set()
+
+    def __call__(self, command: list[str], env: dict[str, str], **files: Any) -> Any:
+        gpu, polls = env.get("CUDA_VISIBLE_DEVICES", "none"), [self.lives.pop(0)]
+        self.alive.append(gpu)
+        self.crowds.append([*self.alive])
+        self.threads |= {env[name] for name in ablate.THREAD_VARIABLES}
+        process = MagicMock(returncode=None)
+
+        def poll() -> int | None:
+            polls[0] -= 1
+            if polls[0] == 0:
+                self.alive.remove(gpu)
+                process.returncode = 1
+            return process.returncode
+
+        process.poll = poll
+        return process
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs"),
+    [("2,5", 3), ("2,5", 1), ("0,1,2", 2), ("7", 3), ("", 2), ("1,0", 9), ("4,", 2)],
+)
+def test_runs_side_by_side_are_shared_out_over_the_gpus(
+    gpus: str, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str] = []
-
-    class Process:
-        def __init__(self, command: list[str], env: dict[str, str], **files: Any) -> None:
-            seen.append(env["CUDA_VISIBLE_DEVICES"])
-            self.returncode: int | None = None
-
-        def poll(self) -> int | None:
-            return self.returncode
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    monkeypatch.setattr(ablate.subprocess, "Popen", Process)
+    lives = [5, 2, 3, 1, 4, 1, 2]
+    processes = Processes([*lives])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(ablate.subprocess, "Popen", processes)
+    monkeypatch.setattr(ablate, "POLL_SECONDS", 0)
     trials = []
-    for number in range(5):
+    for number in range(len(lives)):
         folder = tmp_path / str(number)
         folder.mkdir()
         trials.append(Trial(f"variant {number}", 0, str(folder), "", {}, {}, True, None, "test"))
-    runner = ablate.Runner(trials, jobs=3, threads=None)
-    waiting = runner._start_ready(trials, set(), MagicMock())
-    assert seen == ["2", "5", "2"]
-    second: Any = runner._running[1].process
-    second.returncode = 1
-    runner._collect(set(), MagicMock())
-    runner._start_ready(waiting, set(), MagicMock())
-    assert seen == ["2", "5", "2", "5"]
+    ablate.Runner(trials, jobs=jobs, threads=3).run()
+    assert all("code 1" in str(trial.failure) for trial in trials)
+    assert processes.threads == {"3"}
+    assert max(map(len, processes.crowds)) == min(jobs, len(trials))
+    named = [gpu for gpu in gpus.split(",") if gpu]
+    for crowd in processes.crowds:
+        counts = [crowd.count(gpu) for gpu in named] or [len(crowd)]
+        assert sum(counts) == len(crowd)
+        # Nobody shares a GPU while another is free.
+        assert max(counts) <= -(-jobs // len(counts))
+        assert max(counts) == 1 or min(counts) > 0
 
 
 @pytest.mark.slow

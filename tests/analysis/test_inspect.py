@@ -103,6 +103,8 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
     narrow.save_pretrained(tmp_path / "narrow")
     small_model().save_pretrained(tmp_path / "unsaid")
     (tmp_path / "file").write_text("")
+    small_model().save_pretrained(tmp_path / "foreign")
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "gpt2"}')
     return {
         "no checkpoint": (["--ckpt_path", tmp_path / "none"], "ckpt_path = "),
         "no such folder": (["--ckpt_path", tmp_path], "ckpt_path: "),
@@ -126,6 +128,11 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "size 0": (["--memory_sizes", "0"], "memory_sizes = .*0 is read anyway"),
         "no size": (["--memory_sizes", "big"], "memory_sizes = 'big'.*2048,8192"),
         "three sizes": (["--memory_sizes", "8,16,32"], "memory_sizes = .*one or two"),
+        "more than there is": (["--memory_sizes", 10**13], "memory_sizes = .*fewer"),
+        "more than can be counted": (["--memory_sizes", f"8,{10**23}"], "memory_sizes = .*fewer"),
+        "another architecture": (["--ckpt_path", tmp_path / "foreign"], "ckpt_path = .*model_type"),
+        "a device that computes nothing": (["--device", "meta"], "device = 'meta'"),
+        "no folder": (["--out", ""], "out = ''"),
         "segment 0": (["--segment_length", 0], "segment_length = 0"),
         "none retrieved": (["--retrieved", 0], "retrieved = 0"),
         "too many retrieved": (["--retrieved", 5], r"retrieved = 5.*top_k \(4\)"),

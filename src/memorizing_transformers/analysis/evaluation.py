@@ -22,7 +22,7 @@ from ..training.callbacks.timing import TimedSearch, wait_for
 from ..training.export import TOKENIZER_KEY, is_packed
 
 RECALL_EVERY = 16
-"""Recall is measured at every so-manieth search of a layer."""
+"""Recall is measured at the first of every 16 searches of a layer."""
 RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""
 
@@ -111,7 +111,7 @@ class Evaluation(Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.documents: dict[int, list[float]] = {}
-        """By document: tokens, summed loss in nats, CRC-32 of the tokens in order."""
+        """By document: predicted tokens, summed loss in nats, CRC-32 of all its tokens in order."""
         self._searches: list[MeasuredSearch] = []
         self._seconds: list[float] = []
         self._began = 0.0
@@ -144,11 +144,14 @@ class Evaluation(Callback):
         taken = time.perf_counter() - self._began
         self._seconds.append(taken + self._aside - sum(s.aside for s in self._searches))
         losses, targets = outputs["nll"].double().sum(1).tolist(), batch.targets.cpu().numpy()
+        inputs = batch.input_ids.cpu().numpy()
         for row, document in enumerate(batch.document.tolist()):
             if document < 0:
                 continue
             read = targets[row][targets[row] != IGNORE_INDEX]
-            tokens, loss, mark = self.documents.get(document, [0, 0.0, 0])
+            # The first token of a document is no target.
+            first = [0, 0.0, zlib.crc32(inputs[row, :1].tobytes())]
+            tokens, loss, mark = self.documents.get(document, first)
             mark = zlib.crc32(read.tobytes(), int(mark))
             self.documents[document] = [tokens + len(read), loss + losses[row], mark]
 

@@ -35,7 +35,11 @@ def load(ckpt_path: str) -> tuple[MemorizingTransformer, dict[str, Any]]:
     folder = Path(ckpt_path)
     manifest: dict[str, Any] = {}
     if (folder / "config.json").is_file():
-        model = MemorizingTransformer.from_pretrained(folder).eval()
+        try:
+            model = MemorizingTransformer.from_pretrained(folder).eval()
+        except TypeError as error:
+            remedy = f"its config.json is of another architecture ({first_line(error)})"
+            raise ConfigError("ckpt_path", ckpt_path, remedy) from error
     else:
         model, manifest = load_model(folder), read_manifest(folder)
     if not model.config.memory_layers:
@@ -113,6 +117,8 @@ def prepare_folder(out: str) -> Path:
     Raises:
         ConfigError: where nothing can be written there.
     """
+    if not out:
+        raise ConfigError("out", out, "must name a folder")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,6 +225,8 @@ def inspect(
     folder = prepare_folder(out)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # A device may take weights and compute nothing, as meta does.
+        torch.zeros(1, device=where).item()
         model.to(where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device = {device!r}: {first_line(error)}; give cpu") from error

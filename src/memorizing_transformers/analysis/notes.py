@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that is whole as soon as it has its name."""
@@ -15,5 +17,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The content of a file, or None where there is none.
+
+    Raises:
+        UserError: where it holds no JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; delete the folder {path.parent}")
+    return found

@@ -6,6 +6,7 @@ import csv
 import math
 import shutil
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Row:
     how: str
     mean: dict[str, float]
     spread: dict[str, float]
-    """Sample standard deviation over seeds, where there are several."""
+    """Sample standard deviation over seeds, where there are several and all are finite."""
     seeds: int
     difference: Difference | None = None
     failures: tuple[str, ...] = ()
@@ -59,9 +60,10 @@ def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
     reference over the seeds that both have."""
     by_place = {(trial.variant, trial.seed): trial for trial in trials}
     documents = {
-        place: read_json(trial.path / "documents.json")
+        place: losses
         for place, trial in by_place.items()
         if trial.result is not None
+        and (losses := read_json(trial.path / "documents.json")) is not None
     }
     rows = []
     for variant in plan.variants:
@@ -73,7 +75,11 @@ def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
             name=variant.name,
             how=variant.run if variant.source is None else f"{variant.run}, from {variant.source}",
             mean={key: statistics.fmean(some) for key, some in values.items() if some},
-            spread={key: statistics.stdev(some) for key, some in values.items() if len(some) > 1},
+            spread={
+                key: statistics.stdev(some)
+                for key, some in values.items()
+                if len(some) > 1 and all(map(math.isfinite, some))
+            },
             seeds=len(found),
             failures=tuple(f"seed {t.seed}: {t.failure}" for t in own if t.failure is not None),
         )
@@ -142,15 +148,15 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     seeds = ", ".join(map(str, plan.seeds))
     tests = [row.difference.documents for row in rows if row.difference is not None]
     notes = [
-        f"Base: `{plan.base}`; split: {plan.split}; seeds: {seeds}; ± is the standard deviation "
-        "over seeds.",
+        f"Base: `{plan.base}`; split: {plan.split}; seeds: {seeds}; ± is the sample "
+        "standard deviation over seeds.",
         f"Δ loss: nats per token against {plan.reference}, below 0 is better; p by a sign-flip "
         f"test over {tests[0] if tests else 0} documents, averaged over seeds. Left out where a "
         "variant did not read the same tokens.",
         "Search ms and recall: of a batch of the evaluation.",
     ]
     failures = [f"- {row.name}, {why}" for row in rows for why in row.failures]
-    parts = [f"# {Path(plan.out).name}", "\n".join(lines), *notes]
+    parts = [f"# {Path(plan.out).resolve().name}", "\n".join(lines), *notes]
     if failures:
         parts.append("Failed:\n\n" + "\n".join(failures))
     return "\n\n".join(parts) + "\n"
@@ -198,15 +204,18 @@ def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
     figure = Figure(figsize=(8, 1 + 0.3 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(shown):
-        mean, spread = row.mean["perplexity"], row.spread.get("perplexity", 0.0)
+        mean, spread = row.mean["perplexity"], row.spread.get("perplexity")
         axes.errorbar(mean, place, xerr=spread, fmt="o", color="C0", capsize=3)
         if row.name == plan.reference:
             axes.axvline(mean, color="gray", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
     axes.set_ylim(max(1, len(shown)) - 0.5, -0.5)
-    axes.set_xlabel(f"{plan.split} perplexity (± standard deviation over seeds)")
+    axes.set_xlabel(f"{plan.split} perplexity (± sample standard deviation over seeds)")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        # The font may lack letters of a variant's name.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, dpi=150)
 
 
 def write_hparams(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None:

@@ -12,6 +12,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data.sources import check_sources
@@ -31,7 +32,8 @@ class Budget:
     """How long a variant trains: one of the two.
 
     Args:
-        tokens: token places, padding included; a step has batch_rows × segment_length of them.
+        tokens: token places, padding included; a step has accumulate_grad_batches × batch_rows ×
+            segment_length of them.
         minutes: of training, validation included; learning rates that need an end keep the base's.
     """
 
@@ -113,10 +115,14 @@ class Plan:
         """
         budget = variant.budget or self.budget
         trainer = cli.config["trainer"]
-        for key in ("max_time", "max_epochs"):
-            if trainer[key] not in (None, -1):
-                remedy = "take it out of the base; the budget stands for it"
+        for key, none in (("max_time", None), ("max_epochs", -1), ("fast_dev_run", False)):
+            if trainer[key] not in (None, none):
+                remedy = "take it out of the base; the plan's budget says how long to train"
                 raise ConfigError(f"trainer.{key}", trainer[key], remedy)
+        scheduler = GradientAccumulationScheduler
+        if any(isinstance(one, scheduler) for one in cli.trainer.callbacks):
+            remedy = "accumulates more in some epochs; set trainer.accumulate_grad_batches instead"
+            raise ConfigError("trainer.callbacks", scheduler.__name__, remedy)
         if budget.tokens is None:
             assert budget.minutes is not None
             minutes, seconds = divmod(round(60 * budget.minutes), 60)
@@ -126,7 +132,8 @@ class Plan:
         places = cli.datamodule.batch_rows * cli.datamodule.segment_length
         places *= int(trainer["accumulate_grad_batches"])
         if budget.tokens < places:
-            raise ConfigError("budget.tokens", budget.tokens, f"less than one step ({places})")
+            remedy = f"less than one step ({places}); give at least as many"
+            raise ConfigError("budget.tokens", budget.tokens, remedy)
         return {"trainer.max_steps": budget.tokens // places}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,25 @@ OWNED = {
     "trainer.max_epochs": "budget",
     "trainer.default_root_dir": "out",
     "trainer.logger": "out",
-    "trainer.devices": "one device a variant",
-    "trainer.num_nodes": "one device a variant",
-    "trainer.strategy": "one device a variant",
+    "trainer.devices": "--jobs (each variant runs on one device)",
+    "trainer.num_nodes": "--jobs (each variant runs on one device)",
+    "trainer.strategy": "--jobs (each variant runs on one device)",
     "final_report": "split",
     "ckpt_path": "from",
     "config": "base",
     "print_config": "base",
 }
-"""Keys of a config that a plan sets by itself, and what of the plan says so."""
+"""Keys of a config that a plan sets by itself, and what to use instead."""
 
 NAME = re.compile(r"\w[\w.+-]{0,99}")
+LONGEST_NAME = 200
+"""Bytes of UTF-8; file systems allow a few more."""
 TAKEN = ("tensorboard", "table.md", "table.csv", "trials.csv", "plot.png")
 """What else stands in a plan's folder."""
 
 
 class Strict(yaml.SafeLoader):
-    """Refuses a key that stands in a mapping twice, of which YAML would keep the last."""
+    """Refuses a key that a mapping gives twice, of which YAML would keep the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As yaml's own, before mappings are merged into one another."""
@@ -45,9 +48,26 @@ class Strict(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            reason = f"{twice} stands there twice"
+            reason = f"{twice} is given twice"
             raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
         return node
+
+
+def _read(path: str | Path, key: str) -> Any:
+    """The content of a YAML file that the user names with ``key``."""
+    try:
+        # Safe: the loader is yaml's own, made stricter.
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Strict)
+    except OSError as error:
+        raise ConfigError(key, str(path), f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(key, str(path), "must be text in UTF-8") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(key, str(path), f"is no YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(key, str(path), "is nested too deeply") from error
+    except ValueError as error:
+        raise ConfigError(key, str(path), "must be the path of a file") from error
 
 
 def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, Any]:
@@ -64,25 +84,32 @@ def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, A
 def _overrides(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ConfigError(where, given, "must map keys to values, as in {model.d_ff: 512}")
-    flat = _flat(given)
-    for key, value in flat.items():
+    try:
+        pairs = list(_flat(given))
+    except RecursionError as error:
+        raise ConfigError(where, "...", "is nested too deeply") from error
+    flat = dict(pairs)
+    for key, value in pairs:
+        if value is not flat[key]:
+            raise ConfigError(where, value, f"{key} is given twice")
         if key in OWNED:
-            raise ConfigError(f"{where}.{key}", value, f"is the plan's own matter ({OWNED[key]})")
+            remedy = f"is set by the plan; use {OWNED[key]}"
+            raise ConfigError(f"{where}.{key}", value, remedy)
         try:
             json.dumps(value)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             remedy = "must be text, a number, true, false, null, or lists of them; quotes make text"
             raise ConfigError(f"{where}.{key}", value, remedy) from error
     return flat
 
 
-def _flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted keys, also where mappings stand in one another; a class stays whole."""
-    flat: dict[str, Any] = {}
+def _flat(given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values, also where mappings are nested; a class stays one value."""
     for key, value in given.items():
-        nested = isinstance(value, dict) and value and "class_path" not in value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
+        if isinstance(value, dict) and value and "class_path" not in value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _variant(given: Any, number: int) -> Variant:
@@ -90,7 +117,13 @@ def _variant(given: Any, number: int) -> Variant:
     found = _known(Variant, given, where, "from")
     name = found.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        remedy = "must be letters, digits and any of . _ + -, in quotes if YAML reads no text"
+        remedy = (
+            "may hold letters, digits and . _ + - only; put it in quotes if YAML reads a number or "
+            "a boolean"
+        )
+        raise ConfigError(f"{where}.name", name, remedy)
+    if len(name.encode()) > LONGEST_NAME:
+        remedy = f"must be at most {LONGEST_NAME} bytes, as it names a folder"
         raise ConfigError(f"{where}.name", name, remedy)
     if name.lower() in TAKEN:
         raise ConfigError(f"{where}.name", name, "is what a result of the plan is called")
@@ -119,7 +152,7 @@ def _check_sources(variants: tuple[Variant, ...]) -> None:
             if at.source not in by_name or by_name[at.source].run != "train":
                 raise ConfigError(key, at.source, "must name a variant that is trained")
             if at.source in seen:
-                raise ConfigError(key, variant.source, "goes round in a circle")
+                raise ConfigError(key, variant.source, "makes a circle: it would start from itself")
             seen.add(at.source)
             at = by_name[at.source]
 
@@ -135,18 +168,11 @@ def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -
     Raises:
         UserError: naming the key, its value and what would do.
     """
-    try:
-        # Safe: the loader is yaml's own, made stricter.
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Strict)
-    except OSError as error:
-        raise ConfigError("plan", str(path), f"cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError("plan", str(path), "must be text in UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ConfigError("plan", str(path), f"is no YAML: {error}") from error
-    given = _known(Plan, content, "plan")
+    given = _known(Plan, _read(path, "plan"), "plan")
     if not isinstance(given.get("base"), str) or not Path(given["base"]).is_file():
         raise ConfigError("base", given.get("base"), "must be the path of a training config")
+    if not isinstance(_read(given["base"], "base"), dict):
+        raise ConfigError("base", given["base"], "holds no mapping of keys to values")
     listed = given.get("variants")
     if not isinstance(listed, list) or not listed:
         raise ConfigError("variants", listed, "must list at least one variant")
@@ -156,7 +182,7 @@ def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -
     folders = [name.lower() for name in names]
     for name in names[1:]:
         if folders.count(name.lower()) > 1:
-            remedy = "is the plan's own" if name.lower() == BASE else "stands there twice"
+            remedy = "names the base itself" if name.lower() == BASE else "is given twice"
             raise ConfigError("variants", name, remedy)
     _check_sources(variants)
     reference = given.get("reference", BASE)
@@ -169,7 +195,7 @@ def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -
     if given.get("split", "test") not in ("test", "validation"):
         raise ConfigError("split", given["split"], "must be test or validation")
     out = out or given.get("out", f"runs/ablations/{Path(path).stem}")
-    if not isinstance(out, str):
+    if not isinstance(out, str) or not out or "\0" in out:
         raise ConfigError("out", out, "must be the path of a folder")
     own = _overrides(given.get("overrides", {}), "overrides")
     return Plan(

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..memory import Memory
 from ..model import Retrieval, Transformer
 
@@ -185,6 +186,9 @@ def read_document(
         size: slots of the memory; 0 switches it off and leaves the XL cache as it is.
         top: neighbours R kept of each head and query, at most ``top_k``.
         advance: called after each segment with the tokens read.
+
+    Raises:
+        ConfigError: where there is no room for the memory.
     """
     tokens = torch.from_numpy(ids).to(model.embedding.weight.device)
     trace = new_trace(model, size, len(ids), top)
@@ -192,6 +196,10 @@ def read_document(
     model.config.memory.size = size
     try:
         bank = model.new_memory(1)
+    except (RuntimeError, TypeError) as error:
+        # Torch has no error of its own for what cannot be allocated, or not even be counted.
+        remedy = "there is no room for so many slots; give fewer"
+        raise ConfigError("memory_sizes", size, remedy) from error
     finally:
         model.config.memory.size = configured
     beside = {layer: tokens.to(memory.device) for layer, memory in bank.memories.items()}
