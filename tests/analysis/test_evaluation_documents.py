@@ -19,7 +19,6 @@ from memorizing_transformers.memory import Memory, Neighbours
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
 from memorizing_transformers.training.callbacks import timing
-from memorizing_transformers.training.callbacks.retrieval import memory_attention
 
 TEXTS = {"a": "the first of them, " * 9, "b": "another one ", "c": "x", "d": "short and long " * 5}
 LENGTHS = {name: len(text) for name, text in TEXTS.items()}
@@ -118,8 +117,8 @@ def test_time_is_the_evaluations_own_without_what_measuring_takes(
     monkeypatch.setattr(evaluation, "load_weights", MagicMock())
     settings = MemoryConfig(size=64, top_k=4, layers=[0, 1])
     net = Transformer(ModelConfig(16, d_model=8, num_layers=2, num_heads=1, memory=settings))
-    for attention in memory_attention(net).values():
-        attention.search = search
+    for reader in net.readers().values():
+        reader.search = search
     module, measuring = SimpleNamespace(device=torch.device("cpu"), net=net), Evaluation(Path())
     measuring.on_test_start(MagicMock(), module)
     targets = torch.tensor([[3, 4, IGNORE_INDEX]])
@@ -128,8 +127,8 @@ def test_time_is_the_evaluations_own_without_what_measuring_takes(
         batch = Batch(targets, targets, none.bool(), none + index // 4, none, none.double())
         measuring.on_test_batch_start(None, module, batch, index)
         clock.seconds += 1
-        for attention in memory_attention(net).values():
-            attention.search(torch.randn(1, 1, 3, 8), filled(8), 4)
+        for reader in net.readers().values():
+            reader.search(torch.randn(1, 1, 3, 8), filled(8), 4)
         measuring.on_test_batch_end(None, module, {"nll": torch.ones(1, 3)}, batch, index)
         clock.seconds += 1000
     assert measuring.figures() == pytest.approx(
