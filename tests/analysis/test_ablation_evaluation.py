@@ -59,7 +59,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_model_without_memory_gives_its_weights_to_one_with(saved: Any) -> None:
     plain, target = net(1, layers=[]), net(2)
-    with pytest.raises(UserError, match=r"lacks layers\.1\.attention\.gate"):
+    with pytest.raises(UserError, match=r"lacks layers\.1\.attention\.reader\.gate"):
         load_weights(target, saved(plain), fresh_memory=False)
     gate = target.layers[1].attention.reader.gate.logit.detach().clone()
     load_weights(target, saved(plain), fresh_memory=True)

@@ -39,8 +39,9 @@ def documents(tmp_path: Path) -> Any:
         (folder / "train.txt").write_text("words " * 50)
         for name, text in texts.items():
             (folder / "test" / f"{name}.txt").write_text(text)
-        source = str(folder / "train.txt")
-        options = {"validation_source": source, "test_source": str(folder / "test")}
+        (folder / "validation.txt").write_text("other words " * 50)
+        source, held_out = str(folder / "train.txt"), str(folder / "validation.txt")
+        options = {"validation_source": held_out, "test_source": str(folder / "test")}
         shape = {"batch_rows": rows, "segment_length": segment}
         own = {"cache_dir": str(folder / "cache"), **options, **shape}
         data = make_data(Path(source), validation_fraction=0.0, test_fraction=0.0, **own)
@@ -124,7 +125,7 @@ def test_time_is_the_evaluations_own_without_what_measuring_takes(
     targets = torch.tensor([[3, 4, IGNORE_INDEX]])
     for index in range(10):
         none = torch.zeros(1, dtype=torch.long)
-        batch = Batch(targets, targets, none.bool(), none + index // 4, none, none.double())
+        batch = Batch(targets, targets, none.bool(), none + index // 4, none, none, none + 1)
         measuring.on_test_batch_start(None, module, batch, index)
         clock.seconds += 1
         for reader in net.readers().values():

@@ -171,3 +171,13 @@ def test_bytes_are_counted() -> None:
     memory = Memory(2, HEADS, 7, WIDTH, torch.bfloat16)
     slots = 2 * 7 * (2 * HEADS * WIDTH * 2 + 8)
     assert slots < memory.nbytes() < slots + 2 * 40
+
+
+def test_positions_of_slots_without_a_pair_can_index_a_document() -> None:
+    """Whoever looks positions up in a document's tokens need not mask them first."""
+    memory = Memory(3, 1, 16, 4)
+    memory.write(*torch.randn(2, 3, 1, 5, 4), torch.arange(5) < torch.tensor([[5], [2], [0]]))
+    assert memory.positions.min() == 0
+    assert memory.positions[0, :5].tolist() == [0, 1, 2, 3, 4]
+    memory.reset(torch.tensor([True, False, False]))
+    assert not memory.positions[0].any()

@@ -37,8 +37,8 @@ def load(ckpt_path: str) -> tuple[MemorizingTransformer, dict[str, Any]]:
     if (folder / "config.json").is_file():
         try:
             model = MemorizingTransformer.from_pretrained(folder).eval()
-        except TypeError as error:
-            remedy = f"its config.json is of another architecture ({first_line(error)})"
+        except ConfigError as error:
+            remedy = f"its config.json does not fit this model ({error})"
             raise ConfigError("ckpt_path", ckpt_path, remedy) from error
     else:
         model, manifest = load_model(folder), read_manifest(folder)

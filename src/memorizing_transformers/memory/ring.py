@@ -143,9 +143,9 @@ class Memory:
     def positions(self) -> Tensor:
         """(B, M) int64: offset in its document, in tokens, of the token behind a slot's pair.
 
-        It is the pair's number, so nothing need be stored. Meaningless where no pair is held.
+        It is the pair's number, so nothing need be stored; 0 where no pair is held.
         """
-        return self.written[:, None] - 1 - self.age()
+        return (self.written[:, None] - 1 - self.age()).clamp(min=0)
 
     @torch.no_grad()
     def write(
