@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -275,3 +276,23 @@ CLASS = """Parser key "trainer.x":
 )
 def test_long_messages_keep_key_value_and_what_would_do(message: str, short: str) -> None:
     assert shorten(message) == short
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_show_are_escaped(encoding: str) -> None:
+    code = (
+        "import memorizing_transformers.failures as f; f.run(lambda: print('caf\\u00e9 \\u6f22'))"
+    )
+    source = str(Path(__file__).parents[1] / "src")
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "PYTHONIOENCODING": encoding,
+            "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+        },
+        capture_output=True,
+        check=True,
+    ).stdout.decode(encoding)
+    assert shown.startswith("caf")
+    assert "\\u6f22" in shown

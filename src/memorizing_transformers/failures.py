@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import sys
 import traceback
@@ -217,6 +218,10 @@ def _release(error: BaseException) -> None:
 
 def run(work: Callable[[], object]) -> None:
     """Do the work of a command; where anything goes wrong, end the process with one line."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks, such as an accent in a file's name, is escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         work()
     except KeyboardInterrupt as error:

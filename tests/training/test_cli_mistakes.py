@@ -45,6 +45,7 @@ def error_of(*args: Any) -> str:
         ("--trainer.devices=0", "devices='0'"),
         ("--trainer.strategy=magic", "trainer: You selected an invalid strategy name"),
         ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches = 0: must be 1"),
+        ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val = -1"),
         ("--trainer.default_root_dir=null", "trainer.default_root_dir = None: must name a folder"),
         ("--trainer.default_root_dir=/dev/null/runs", "'/dev/null/runs': cannot be written"),
         ("--seed_everything=-1", "seed_everything = -1: must lie in"),

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..data.sources import check_sources
 from ..errors import ConfigError, UserError
+from ..failures import describe
 from ..training.cli import MemoryCLI, read_config
 
 BASE = "base"
@@ -163,8 +163,8 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
         # The parser prints what it has to say.
         reason = shorten(said.getvalue().removeprefix("error: "), LONGEST_REASON)
         raise UserError(f"variants.{variant.name}: {reason}") from stop
-    except (ValueError, MisconfigurationException) as error:
-        raise UserError(f"variants.{variant.name}: {error}") from error
+    except Exception as error:
+        raise UserError(f"variants.{variant.name}: {describe(error)[0]}") from error
     finally:
         logging.disable(logging.NOTSET)
     found = {key: _plain(value) for key, value in vars(cli.config.as_flat()).items()}

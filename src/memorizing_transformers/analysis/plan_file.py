@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
+from ..repeated import RepeatedKey, refuse_repeated_keys
 from .plan import BASE, Budget, Plan, Variant
 
 OWNED = {
@@ -39,29 +40,18 @@ TAKEN = ("tensorboard", "table.md", "table.csv", "trials.csv", "plot.png")
 """What else stands in a plan's folder."""
 
 
-class Strict(yaml.SafeLoader):
-    """Refuses a key that a mapping gives twice, of which YAML would keep the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As yaml's own, before mappings are merged into one another."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            reason = f"{twice} is given twice"
-            raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
-        return node
-
-
 def _read(path: str | Path, key: str) -> Any:
     """The content of a YAML file that the user names with ``key``."""
     try:
-        # Safe: the loader is yaml's own, made stricter.
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Strict)
+        text = Path(path).read_text(encoding="utf-8")
+        refuse_repeated_keys(text)
+        return yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(key, str(path), f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(key, str(path), "must be text in UTF-8") from error
+    except RepeatedKey as error:
+        raise ConfigError(key, str(path), str(error)) from error
     except yaml.YAMLError as error:
         raise ConfigError(key, str(path), f"is no YAML: {error}") from error
     except RecursionError as error:

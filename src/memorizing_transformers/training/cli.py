@@ -145,11 +145,13 @@ class MemoryCLI(LightningCLI):
         """Log to the run's folder; a resumed run continues in the folder of its checkpoint."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         root = root_folder(config["trainer"])
-        if config["trainer"]["accumulate_grad_batches"] < 1:
+        given = config["trainer"]
+        if given["accumulate_grad_batches"] < 1:
             key = "trainer.accumulate_grad_batches"
-            raise ConfigError(
-                key, config["trainer"]["accumulate_grad_batches"], "must be 1 or more"
-            )
+            raise ConfigError(key, given["accumulate_grad_batches"], "must be 1 or more")
+        if (given["gradient_clip_val"] or 0) < 0:
+            remedy = "must be above 0; leave it out to clip nothing"
+            raise ConfigError("trainer.gradient_clip_val", given["gradient_clip_val"], remedy)
         if self.subcommand and config["trainer"]["logger"] in (None, True):
             checkpoint = config.get("ckpt_path")
             folder = run_folder(root, self.subcommand, checkpoint)
