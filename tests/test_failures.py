@@ -286,11 +286,7 @@ def test_names_that_the_terminal_cannot_show_are_escaped(encoding: str) -> None:
     source = str(Path(__file__).parents[1] / "src")
     shown = subprocess.run(
         [sys.executable, "-c", code],
-        env={
-            **os.environ,
-            "PYTHONIOENCODING": encoding,
-            "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
-        },
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": source},
         capture_output=True,
         check=True,
     ).stdout.decode(encoding)

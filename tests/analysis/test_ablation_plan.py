@@ -112,7 +112,7 @@ def test_bad_plans_are_refused_before_anything_runs(
     [
         (b"budget: {tokens: 640}\nbudget: {tokens: 1280}\n", "budget is given twice"),
         ("variants: [{name: \u00e9}]".encode("latin-1"), "UTF-8"),
-        (b"a: " + b"{b: " * 2000 + b"}" * 2000, "nested too deeply|nesting depth"),
+        (b"a: " + b"{b: " * 2000 + b"}" * 2000, r"nested too deeply|nesting depth"),
     ],
 )
 def test_bad_files_are_refused(text: bytes, said: str, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_mappings_that_hold_themselves_are_refused(base: Path, tmp_path: Path) -
         f"base: {base}\nbudget: {{tokens: 640}}\n"
         "variants: [{name: a, overrides: &a {model: *a}}]\n"
     )
-    with pytest.raises(UserError, match="nested too deeply|nesting depth"):
+    with pytest.raises(UserError, match="nested too deeply"):
         load_plan(tmp_path / "plan.yaml")
 
 
