@@ -22,8 +22,8 @@ from measure import circumstances
 
 from memorizing_transformers.training.callbacks import LossByPosition
 from memorizing_transformers.training.cli import MemoryCLI
-from memorizing_transformers.training.logger import RunLogger
-from memorizing_transformers.training.quiet import hush
+from memorizing_transformers.training.tensorboard import RunLogger
+from memorizing_transformers.training.unwanted_messages import hush
 
 
 class Clock(Callback):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from memorizing_transformers.data.settings import SourceSettings
-from memorizing_transformers.data.sources import open_sources
-from memorizing_transformers.data.tokenization import encode_document
-from memorizing_transformers.training.checkpoints import read_manifest
-from memorizing_transformers.training.export import load_model
+from memorizing_transformers.data.sources.splits import open_sources
+from memorizing_transformers.data.tokens.tokenizers import encode_document
+from memorizing_transformers.training.checkpoint.export import load_model
+from memorizing_transformers.training.checkpoint.folder import read_manifest
 
 HEADS = 8
 QUERIES = 512

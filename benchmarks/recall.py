@@ -26,18 +26,12 @@ from measure import save, table
 from search import load
 from torch import Tensor
 
-from memorizing_transformers.memory import (
-    STORAGE_DTYPES,
-    Memory,
-    Neighbours,
-    Search,
-    make_search,
-)
+from memorizing_transformers.memory import STORAGE_DTYPES, Memory, Neighbours, Search, make_search
 from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for, rescored
 from memorizing_transformers.memory.search.exact import ExactSearch
-from memorizing_transformers.memory.search.host import apart
+from memorizing_transformers.memory.search.kernels.cpu_scan import apart
+from memorizing_transformers.memory.search.kernels.score_blocks import SCORE_BYTES
 from memorizing_transformers.memory.search.policy import KERNELS, SPARE
-from memorizing_transformers.memory.search.scan import SCORE_BYTES
 
 Dealing = Callable[[Tensor, int, int], Tensor]
 """From slots, buckets L and slots M in all to the slots' buckets."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from memorizing_transformers.memory import STORAGE_DTYPES, Memory, MemoryBank
-from memorizing_transformers.training import checkpoints
-from memorizing_transformers.training.rank_state import RankPart
+from memorizing_transformers.training.checkpoint import folder as checkpoints
+from memorizing_transformers.training.checkpoint.rank_state import RankPart
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from staleness_streams import DROP_AFTER, READ_WITH, STREAMS, FreezeAndRefresh
 
 from memorizing_transformers.data import DocumentDataModule
 from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
-from memorizing_transformers.training.export import load_model
+from memorizing_transformers.training.checkpoint.export import load_model
 from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.optimizers import OptimizerConfig
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from memorizing_transformers.data.loader import SegmentLoader
-from memorizing_transformers.data.plan import RowPlan
-from memorizing_transformers.data.store import TokenStore
+from memorizing_transformers.data.row_plan import RowPlan
+from memorizing_transformers.data.tokens.store import TokenStore
 from memorizing_transformers.memory import MemoryBank, drop_drifted, make_search, refresh
 from memorizing_transformers.model import Transformer
 from memorizing_transformers.training.callbacks.staleness_control import evaluating

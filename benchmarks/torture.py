@@ -25,7 +25,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from memorizing_transformers.training.checkpoints import TRAINER_FILE, candidates, verify
+from memorizing_transformers.training.checkpoint.folder import TRAINER_FILE, candidates, verify
 from memorizing_transformers.training.cli import main as train
 
 STEPS = 40

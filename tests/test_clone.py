@@ -52,7 +52,7 @@ def python(clone: Path, *args: str, cwd: Path | None = None, code: int = 0) -> s
 def test_the_package_is_found_by_a_snippet_in_the_root(clone: Path) -> None:
     (clone / "snippet.py").write_text(IMPORT)
     for args in (["snippet.py"], ["-c", IMPORT]):
-        assert python(clone, *args).strip() == "memorizing_transformers.hub"
+        assert python(clone, *args).strip() == "memorizing_transformers.pretrained.hub"
     found = python(
         clone, "-c", "import memorizing_transformers as m; print(m.__file__, m.__path__)"
     )
@@ -87,10 +87,27 @@ def test_the_commands_run(clone: Path) -> None:
     assert "error: " in python(clone, *missing, code=2)
 
 
-def test_a_worker_of_ablate_is_found(clone: Path) -> None:
-    assert "list index out of range" in python(
-        clone, "-m", "memorizing_transformers.analysis.worker", code=1
+@pytest.fixture(scope="module")
+def texts(clone: Path) -> list[str]:
+    """Options for a tiny model that trains for a step on texts of the clone."""
+    folder = clone / "texts"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"text{number}.txt").write_text(f"text number {number} " * 30)
+    data = ["--data.source=texts", "--data.tokenizer=bytes", "--data.validation_fraction=0.2"]
+    return [*data, "--data.test_fraction=0.2", "--model.d_model=16", "--model.memory.size=64"]
+
+
+def test_the_workers_of_ablate_find_their_package(clone: Path, texts: list[str]) -> None:
+    pairs = (option.removeprefix("--").split("=") for option in texts)
+    overrides = "\n".join(f"  {key}: {value}" for key, value in pairs)
+    plan = f"base: configs/quickstart.yaml\noverrides:\n{overrides}\nseeds: [0]\nout: ablation\n"
+    plan += (
+        "budget: {tokens: 1024}\nvariants:\n  - {name: smaller, overrides: {model.d_model: 8}}\n"
     )
+    (clone / "plan.yaml").write_text(plan)
+    python(clone, "-m", "memorizing_transformers", "ablate", "--plan", "plan.yaml", "--jobs", "2")
+    assert "smaller" in (clone / "ablation" / "table.md").read_text()
 
 
 def test_without_the_requirements_one_line_says_what_to_install(clone: Path) -> None:
@@ -107,3 +124,20 @@ def test_without_the_requirements_one_line_says_what_to_install(clone: Path) -> 
     assert done.stderr.startswith("error: No module named ")
     assert "pip install -r requirements.txt" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_core_works_without_the_studies(clone: Path, texts: list[str], tmp_path: Path) -> None:
+    core = tmp_path / "core"
+    shutil.copytree(clone, core)
+    with_studies = python(core, "-m", "memorizing_transformers", "--help")
+    shutil.rmtree(core / "src" / "memorizing_studies")
+    without = python(core, "-m", "memorizing_transformers", "--help")
+    for command in ("inspect", "ablate"):
+        assert command in with_studies
+        assert command not in without
+    config = ["--config", "configs/quickstart.yaml", *texts]
+    estimate = python(core, "-m", "memorizing_transformers", "estimate", *config[:2])
+    assert "parameters" in estimate
+    assert python(core, "-c", IMPORT).strip() == "memorizing_transformers.pretrained.hub"
+    run = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--final_report=false"]
+    assert "training ended at step 1" in python(core, "train.py", "fit", *config, *run)

@@ -16,7 +16,7 @@ from memorizing_transformers.training.optimizers import make_optimizer, make_sch
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "ablations")
-"""All but plans, which tests/analysis/test_ablation_plan.py builds."""
+"""All but plans, which tests/studies/test_ablation_plan.py builds."""
 ALL_KEYS = ROOT / "configs" / "all-keys.yaml"
 RUNS = [path for path in CONFIGS if path != ALL_KEYS]
 CHANGES = [path for path in CONFIGS if "config" in yaml.safe_load(path.read_text())]

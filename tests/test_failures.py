@@ -15,13 +15,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from memorizing_transformers.errors import ConfigError, UserError
-from memorizing_transformers.failures import (
-    DEBUG_VARIABLE,
-    describe,
-    fail,
-    run,
-    take_debug_flag,
-)
+from memorizing_transformers.failures import DEBUG_VARIABLE, describe, fail, run, take_debug_flag
 from memorizing_transformers.messages import shorten
 
 

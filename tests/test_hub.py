@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memorizing_transformers import MemorizingTransformer, MemoryConfig
-from memorizing_transformers.data.tokenization import train_bpe
+from memorizing_transformers.data.tokens.tokenizers import train_bpe
 from memorizing_transformers.errors import ConfigError
 
 TEXT = "The quick brown fox jumps over the lazy dog"
@@ -189,7 +189,7 @@ def test_a_model_on_the_hub_brings_its_tokenizer(
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
-    monkeypatch.setattr("memorizing_transformers.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("memorizing_transformers.pretrained.hub.snapshot_download", snapshot)
     model = MemorizingTransformer.from_pretrained("somebody/model", revision="v1")
     assert asked == [("config.json", "v1"), ("model.safetensors", "v1"), ("tokenizer/*", "v1")]
     local = MemorizingTransformer.from_pretrained(folder)

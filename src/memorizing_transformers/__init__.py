@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .hub import MemorizingTransformer
     from .memory import MemoryBank
     from .model import MemoryConfig, ModelConfig
+    from .pretrained.hub import MemorizingTransformer
 
 _HOMES = {
-    "MemorizingTransformer": ".hub",
+    "MemorizingTransformer": ".pretrained.hub",
     "MemoryBank": ".memory",
     "MemoryConfig": ".model",
     "ModelConfig": ".model",

@@ -1,15 +1,19 @@
-"""``python -m memorizing_transformers {prepare,estimate,export,inspect,ablate}``."""
+"""``python -m memorizing_transformers COMMAND``.
+
+Commands are functions: those below, and those of other packages, which name them as entry points of
+the group ``memorizing_transformers.commands``.
+"""
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
-from .errors import ConfigError
 from .failures import run, take_debug_flag
 from .parsing import OneLineParser
 
@@ -67,102 +71,41 @@ def export(ckpt_path: str, out: str) -> None:
         ckpt_path: the checkpoint.
         out: the folder to write.
     """
-    from .training.export import load_model
+    from .training.checkpoint.export import load_model
 
     load_model(ckpt_path).save_pretrained(out)
     print(f"model: {out}")
-
-
-def inspect(
-    ckpt_path: str,
-    document: str,
-    out: str = "report",
-    memory_sizes: str | None = None,
-    segment_length: int | None = None,
-    retrieved: int = 4,
-    device: str | None = None,
-) -> None:
-    """Show what the memory does for a text: one HTML page, and the same as JSON lines.
-
-    Reads the text with the memory switched off and with it, and keeps for every token what it
-    gained and what each head retrieved.
-
-    Example: python -m memorizing_transformers inspect --ckpt_path last.ckpt --document FILE
-
-    Args:
-        ckpt_path: a checkpoint, or a folder that export wrote.
-        document: a text file in UTF-8.
-        out: the folder to write index.html and tokens.jsonl into.
-        memory_sizes: one or two sizes of the memory, e.g. 2048,8192; the checkpoint's unless given.
-        segment_length: tokens read at once; that of the training run unless given.
-        retrieved: neighbours kept of each head and token, the heaviest first.
-        device: e.g. cpu or cuda:0; a GPU unless given, where there is one.
-    """
-    from .analysis.inspect import inspect as show
-
-    show(ckpt_path, document, out, memory_sizes, segment_length, retrieved, device)
-
-
-def ablate(
-    plan: str,
-    jobs: int = 1,
-    threads: int | None = None,
-    overrides: Any = None,
-    out: str | None = None,
-    check: bool = False,
-) -> None:
-    """Run a plan of ablations and write its table; the same command goes on where it was stopped.
-
-    Example: python -m memorizing_transformers ablate --plan configs/ablations/components.yaml
-
-    Args:
-        plan: the plan, a YAML file; docs/ablations.md says what it holds.
-        jobs: runs side by side, each in a process of its own; 0 for none beside this one.
-        threads: of each run; OMP_NUM_THREADS, or else the processors shared out, unless given.
-        overrides: changes of the base in all variants, e.g. '{data.source: texts/}'.
-        out: folder of the runs and the table, in place of the plan's own.
-        check: build every variant's config and stop before anything runs.
-    """
-    from .analysis.ablate import run_plan
-    from .analysis.plan import check as check_plan
-    from .analysis.plan_file import load_plan
-
-    loaded = load_plan(plan, overrides, out)
-    if jobs < 0:
-        raise ConfigError("jobs", jobs, "must be at least 0")
-    if threads is not None and threads < 1:
-        raise ConfigError("threads", threads, "must be at least 1")
-    if check:
-        print(
-            f"{plan}: {len(check_plan(loaded))} variants, seeds {', '.join(map(str, loaded.seeds))}"
-        )
-        return
-    # A polite kill is a Ctrl-C: the runs are told, and can go on.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        trials = run_plan(loaded, jobs, threads)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    print(Path(loaded.out, "table.md").read_text(encoding="utf-8"))
-    print(f"results: {loaded.out}")
-    if any(trial.failure is not None for trial in trials):
-        sys.exit(1)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "estimate": estimate,
     "export": export,
-    "inspect": inspect,
-    "ablate": ablate,
 }
 
 
+GROUP = "memorizing_transformers.commands"
+
+
+def all_commands() -> dict[str, Callable[..., None]]:
+    """The commands of this package and of those that extend it, by name."""
+    found = dict(COMMANDS)
+    for point in entry_points(group=GROUP):
+        # An entry may be left of a package that was deleted.
+        with suppress(ModuleNotFoundError):
+            found[point.name] = point.load()
+    source = Path(__file__).parents[1]
+    if source.name == "src":  # a clone, which need not be installed
+        for file in sorted(source.glob("*/commands.py")):
+            found |= import_module(f"{file.parent.name}.commands").COMMANDS
+    return found
+
+
 def _run_command() -> None:
+    commands = all_commands()
     parser = OneLineParser(prog="python -m memorizing_transformers")
     subcommands = parser.add_subcommands()
-    for name, command in COMMANDS.items():
+    for name, command in commands.items():
         description = (command.__doc__ or "").split("Args:")[0].strip()
         subparser = OneLineParser(description=description)
         repeated = {"config"} & {*signature(command).parameters}
@@ -172,7 +115,7 @@ def _run_command() -> None:
         subparser.add_function_arguments(command, as_group=False, skip={*repeated})
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
     config = parser.parse_args()
-    COMMANDS[config.subcommand](**config[config.subcommand].as_dict())
+    commands[config.subcommand](**config[config.subcommand].as_dict())
 
 
 def main() -> None:

@@ -10,12 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memorizing_transformers.data.settings import (
-    CorpusSettings,
-    SourceSettings,
-    TokenizerSettings,
-)
-from memorizing_transformers.data.store import SplitWriter, TokenStore, write_manifest
+from memorizing_transformers.data.settings import CorpusSettings, SourceSettings, TokenizerSettings
+from memorizing_transformers.data.tokens.store import SplitWriter, TokenStore, write_manifest
 
 MakeStore = Callable[[list[int]], TokenStore]
 

@@ -13,12 +13,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from memorizing_transformers.analysis.text import tokenize
-from memorizing_transformers.data.encoding_rules import backend_of, text_only
-from memorizing_transformers.data.prepare import prepare_store
+from memorizing_studies.inspection.text import tokenize
 from memorizing_transformers.data.settings import SPLITS
-from memorizing_transformers.data.store import TokenStore
-from memorizing_transformers.data.tokenization import (
+from memorizing_transformers.data.tokens.encoding_rules import backend_of, text_only
+from memorizing_transformers.data.tokens.prepare import prepare_store
+from memorizing_transformers.data.tokens.store import TokenStore
+from memorizing_transformers.data.tokens.tokenizers import (
     encode_document,
     fingerprint_tokenizer,
     load_tokenizer,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from memorizing_transformers.data.documents import Document, Origin, UniqueNames, readable
-from memorizing_transformers.data.local import open_files
-from memorizing_transformers.data.prepare import prepare_store
 from memorizing_transformers.data.settings import SPLITS, SourceSettings
-from memorizing_transformers.data.sources import open_sources
-from memorizing_transformers.data.store import TokenStore
+from memorizing_transformers.data.sources.documents import Document, Origin, UniqueNames, readable
+from memorizing_transformers.data.sources.local import open_files
+from memorizing_transformers.data.sources.splits import open_sources
+from memorizing_transformers.data.tokens.prepare import prepare_store
+from memorizing_transformers.data.tokens.store import TokenStore
 from memorizing_transformers.errors import ConfigError
 
 

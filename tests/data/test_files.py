@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memorizing_transformers.data.documents import Document, Origin
-from memorizing_transformers.data.local import open_files
+from memorizing_transformers.data.sources.documents import Document, Origin
+from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.errors import ConfigError
 
 RECORDS = [{"title": f"book {n}", "text": f"text of book {n}\n" * 3} for n in range(5)]

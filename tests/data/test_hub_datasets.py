@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from memorizing_transformers.data.settings import SourceSettings
-from memorizing_transformers.data.sources import fingerprint_sources, open_sources
+from memorizing_transformers.data.sources.splits import fingerprint_sources, open_sources
 from memorizing_transformers.errors import ConfigError
 
 RECORDS = [{"title": f"book {n}", "text": f"text of book {n}\n" * 3} for n in range(5)]

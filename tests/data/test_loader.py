@@ -10,7 +10,7 @@ import torch
 
 from memorizing_transformers.data.batch import IGNORE_INDEX, Batch
 from memorizing_transformers.data.loader import SegmentLoader
-from memorizing_transformers.data.plan import RowPlan
+from memorizing_transformers.data.row_plan import RowPlan
 
 LENGTHS = [40, 2, 17, 90, 33, 9, 64, 16, 65, 5]
 SEGMENT = 16

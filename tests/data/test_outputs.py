@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from memorizing_transformers.analysis import inspect, plan_file
-from memorizing_transformers.data import outputs
-from memorizing_transformers.data.documents import Origin
-from memorizing_transformers.data.local import open_files
-from memorizing_transformers.data.prepare import prepare_store
+from memorizing_studies.ablation import plan_file
+from memorizing_studies.inspection import command as inspect
 from memorizing_transformers.data.settings import SPLITS
-from memorizing_transformers.data.store import MANIFEST, TokenStore
+from memorizing_transformers.data.sources import outputs
+from memorizing_transformers.data.sources.documents import Origin
+from memorizing_transformers.data.sources.local import open_files
+from memorizing_transformers.data.tokens.prepare import prepare_store
+from memorizing_transformers.data.tokens.store import MANIFEST, TokenStore
 from memorizing_transformers.errors import ConfigError
-from memorizing_transformers.training import checkpoints
+from memorizing_transformers.training.checkpoint import folder as checkpoints
 
 README = Path(__file__).parents[2] / "data" / "README.md"
 

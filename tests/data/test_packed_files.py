@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memorizing_transformers.data.documents import Document, Origin
-from memorizing_transformers.data.local import open_files
+from memorizing_transformers.data.sources.documents import Document, Origin
+from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.errors import UserError
 
 RECORDS = [{"title": f"t{n}", "text": f"text {n}"} for n in range(3)]

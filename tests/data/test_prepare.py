@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from memorizing_transformers.data import prepare
-from memorizing_transformers.data.prepare import prepare_store, summary_lines
-from memorizing_transformers.data.store import SplitWriter, TokenStore, read_manifest
+from memorizing_transformers.data.tokens import prepare
+from memorizing_transformers.data.tokens.prepare import prepare_store, summary_lines
+from memorizing_transformers.data.tokens.store import SplitWriter, TokenStore, read_manifest
 from memorizing_transformers.errors import ConfigError, UserError
 
 SPLITS = ("train", "validation", "test")

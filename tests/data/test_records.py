@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memorizing_transformers.data import record_files
-from memorizing_transformers.data.documents import Document, Origin
-from memorizing_transformers.data.local import open_files
-from memorizing_transformers.data.prepare import prepare_store
 from memorizing_transformers.data.settings import SPLITS, SourceSettings
-from memorizing_transformers.data.sources import fingerprint_sources, open_sources
-from memorizing_transformers.data.store import TokenStore
+from memorizing_transformers.data.sources import record_files
+from memorizing_transformers.data.sources.documents import Document, Origin
+from memorizing_transformers.data.sources.local import open_files
+from memorizing_transformers.data.sources.splits import fingerprint_sources, open_sources
+from memorizing_transformers.data.tokens.prepare import prepare_store
+from memorizing_transformers.data.tokens.store import TokenStore
 from memorizing_transformers.errors import ConfigError, UserError
 
 

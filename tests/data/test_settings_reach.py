@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from memorizing_transformers.data import DocumentDataModule, prepare
+from memorizing_transformers.data import DocumentDataModule
+from memorizing_transformers.data.tokens import prepare
 
 ORDER, HELD_ORDER = "training batches", "held-out batches"
 TRAIN, HELD, FOLDER, PREDICTED = "training documents", "held-out documents", "folder", "predicted"

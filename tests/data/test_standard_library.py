@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from memorizing_transformers.data.documents import Document, Origin
 from memorizing_transformers.data.settings import SourceSettings
-from memorizing_transformers.data.sources import open_sources
-from memorizing_transformers.data.standard_library import TEST, VALIDATION, standard_library
+from memorizing_transformers.data.sources.documents import Document, Origin
+from memorizing_transformers.data.sources.splits import open_sources
+from memorizing_transformers.data.sources.standard_library import TEST, VALIDATION, standard_library
 from memorizing_transformers.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memorizing_transformers.data.store import (
+from memorizing_transformers.data.tokens.store import (
     SplitWriter,
     TokenStore,
     read_manifest,

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import SEARCHES, Memory, Neighbours, Search, make_search
-from memorizing_transformers.memory.search import host, policy
+from memorizing_transformers.memory.search import policy
 from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for
 from memorizing_transformers.memory.search.exact import ExactSearch
-from memorizing_transformers.memory.search.largest import largest
+from memorizing_transformers.memory.search.kernels import cpu_scan as host
+from memorizing_transformers.memory.search.kernels.top_k import largest
 from memorizing_transformers.memory.search.reference import reference_search
 
 HEADS, WIDTH = 2, 8

@@ -8,12 +8,7 @@ import naive
 import pytest
 import torch
 
-from memorizing_transformers.model.bias import (
-    LocalBias,
-    MemoryBias,
-    first_distances,
-    t5_bucket,
-)
+from memorizing_transformers.model.bias import LocalBias, MemoryBias, first_distances, t5_bucket
 
 FIRSTS = [*range(16), 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
 """The first distance of each of 32 buckets up to 128, as the docstring has them."""

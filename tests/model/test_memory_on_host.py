@@ -204,7 +204,7 @@ def test_a_memory_goes_on_from_one_device_on_the_other(first: str) -> None:
 
 
 def test_faiss_reads_keys_on_the_host_where_they_lie() -> None:
-    indexes = pytest.importorskip("memorizing_transformers.memory.search.indexes")
+    indexes = pytest.importorskip("memorizing_transformers.memory.search.faiss_index")
     model = make("cpu", size=16)
     memory = model.new_memory(1).memories[1]
     keys = indexes.Head(memory, 0, 1).keys(4, 12)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from memorizing_transformers.memory import Memory, Neighbours
 from memorizing_transformers.memory.search.exact import ExactSearch
+from memorizing_transformers.memory.search.kernels.score_blocks import score_blocks
+from memorizing_transformers.memory.search.kernels.torch_buckets import torch_buckets
 from memorizing_transformers.memory.search.reference import reference_search
-from memorizing_transformers.memory.search.scan import score_blocks
-from memorizing_transformers.memory.search.torch_buckets import torch_buckets
 
 HEADS, WIDTH = 2, 8
 ROOMS = [1, 400, 3000, 20_000, 150_000, 2**26]

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from memorizing_transformers.data import DocumentDataModule
-from memorizing_transformers.data.store import TokenStore
+from memorizing_transformers.data.tokens.store import TokenStore
 from memorizing_transformers.memory import Memory
 from memorizing_transformers.model import MemoryConfig, Transformer
 from memorizing_transformers.training.cli import main

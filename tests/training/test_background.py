@@ -13,9 +13,9 @@ import torch
 from small import command, write_config
 
 from memorizing_transformers.memory import Memory, MemoryBank
-from memorizing_transformers.training.background import Writer
-from memorizing_transformers.training.checkpoints import candidates, verify
-from memorizing_transformers.training.rank_state import RankPart
+from memorizing_transformers.training.checkpoint.background import Writer
+from memorizing_transformers.training.checkpoint.folder import candidates, verify
+from memorizing_transformers.training.checkpoint.rank_state import RankPart
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,9 +15,9 @@ import yaml
 from small import SEGMENT, Run, by_hand, command, make_data, scalars
 
 from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
-from memorizing_transformers.training.export import load_model
+from memorizing_transformers.training.checkpoint.export import load_model
 from memorizing_transformers.training.module import MemorizingLM
-from memorizing_transformers.training.runs import versions
+from memorizing_transformers.training.run_folders import versions
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 

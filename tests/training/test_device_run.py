@@ -15,10 +15,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from small import SEGMENT, Losses, make_data, make_module, scalars
 from two_devices import AWAY, CPU, send_away, two_devices
 
-from memorizing_transformers.analysis.trace import read_document
-from memorizing_transformers.training import report
+from memorizing_studies.inspection.trace import read_document
+from memorizing_transformers.training import final_table as report
 from memorizing_transformers.training.callbacks import PredictionWriter
-from memorizing_transformers.training.export import load_model
+from memorizing_transformers.training.checkpoint.export import load_model
 from memorizing_transformers.training.trainer import MemoryTrainer
 
 STEPS, SAVED = 8, 4

@@ -24,8 +24,8 @@ from lightning.pytorch.callbacks import (
 from small import Losses, assert_alike, command, make_data, make_module, state
 from test_resume import QUIET
 
-from memorizing_transformers.training import checkpoints
-from memorizing_transformers.training.checkpoints import candidates, read_manifest, verify
+from memorizing_transformers.training.checkpoint import folder as checkpoints
+from memorizing_transformers.training.checkpoint.folder import candidates, read_manifest, verify
 from memorizing_transformers.training.ends import end_line
 from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.signals import Interrupted

@@ -10,9 +10,9 @@ from small import SEGMENT, Run, make_data
 
 from memorizing_transformers import MemorizingTransformer
 from memorizing_transformers.__main__ import main
-from memorizing_transformers.data.tokenization import byte_tokenizer
+from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 from memorizing_transformers.errors import UserError
-from memorizing_transformers.training.export import (
+from memorizing_transformers.training.checkpoint.export import (
     is_packed,
     load_model,
     pack_tokenizer,

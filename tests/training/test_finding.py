@@ -12,8 +12,8 @@ import yaml
 from small import Run, command
 
 from memorizing_transformers.errors import ConfigError
-from memorizing_transformers.training.checkpoints import _seal, read_manifest
-from memorizing_transformers.training.finding import resolve_checkpoint
+from memorizing_transformers.training.checkpoint.finding import resolve_checkpoint
+from memorizing_transformers.training.checkpoint.folder import _seal, read_manifest
 
 
 def put(run: Run, target: Path, **changes: Any) -> Path:

@@ -16,8 +16,8 @@ from small import SEGMENT, Run, command, make_data, make_module, make_trainer, s
 
 from memorizing_transformers.data.loader import SegmentLoader
 from memorizing_transformers.training.callbacks import PredictionWriter
-from memorizing_transformers.training.export import load_model
-from memorizing_transformers.training.runs import versions
+from memorizing_transformers.training.checkpoint.export import load_model
+from memorizing_transformers.training.run_folders import versions
 
 
 def read(files: str, cache: Path) -> list[dict[str, Any]]:

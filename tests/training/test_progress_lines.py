@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 from small import command, make_data, make_module, make_trainer
 
-from memorizing_transformers.data import prepare
+from memorizing_transformers.data.tokens import prepare
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.pace import Pace, duration
 from memorizing_transformers.training.callbacks import ProgressLines

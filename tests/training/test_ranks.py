@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small import assert_alike, command, scalars, write_config
 from torch import Tensor
 
-from memorizing_transformers.training import checkpoints
+from memorizing_transformers.training.checkpoint import folder as checkpoints
 
 ROOT = Path(__file__).parents[2]
 STEPS = ["--final_report", "false", "--trainer.max_steps", "16", "--trainer.log_every_n_steps", "1"]

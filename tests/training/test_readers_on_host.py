@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from two_devices import AWAY, CPU, send_away, two_devices
 
-from memorizing_transformers.analysis.trace import read_document
+from memorizing_studies.inspection.trace import read_document
 from memorizing_transformers.data.batch import Batch
 from memorizing_transformers.model import Transformer
 from memorizing_transformers.training.callbacks.retrieval import (
@@ -23,8 +23,8 @@ from memorizing_transformers.training.callbacks.retrieval import (
 from memorizing_transformers.training.callbacks.samples import describe
 from memorizing_transformers.training.callbacks.staleness import StalenessLogging
 from memorizing_transformers.training.callbacks.staleness_control import StalenessControl
+from memorizing_transformers.training.checkpoint.rank_state import RankPart
 from memorizing_transformers.training.module import MemorizingLM
-from memorizing_transformers.training.rank_state import RankPart
 
 ROWS, SEGMENT, SEGMENTS, LAYER = 2, 8, 8, 1
 

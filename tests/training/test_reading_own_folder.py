@@ -10,7 +10,7 @@ import pytest
 from small import command, write_config, write_texts
 
 from memorizing_transformers import __main__ as commands
-from memorizing_transformers.data.store import TokenStore
+from memorizing_transformers.data.tokens.store import TokenStore
 
 
 def stores(root: Path) -> list[str]:

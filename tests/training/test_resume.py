@@ -13,10 +13,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Losses, assert_alike, make_data, make_module, state
 
 from memorizing_transformers.errors import UserError
-from memorizing_transformers.training.checkpoints import candidates, newest_good, read_manifest
+from memorizing_transformers.training.checkpoint.folder import (
+    candidates,
+    newest_good,
+    read_manifest,
+)
+from memorizing_transformers.training.checkpoint.rank_state import (
+    load_rows,
+    random_state,
+    set_random_state,
+)
 from memorizing_transformers.training.module import MemorizingLM
-from memorizing_transformers.training.rank_state import load_rows, random_state, set_random_state
-from memorizing_transformers.training.runs import resolve_checkpoint
+from memorizing_transformers.training.run_folders import resolve_checkpoint
 from memorizing_transformers.training.trainer import MemoryTrainer
 
 QUIET: dict[str, Any] = {

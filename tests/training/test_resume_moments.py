@@ -15,15 +15,15 @@ from torch import Tensor
 
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.memory import MemoryBank
-from memorizing_transformers.training import rank_state
-from memorizing_transformers.training.module import MemorizingLM
-from memorizing_transformers.training.rank_state import (
+from memorizing_transformers.training.checkpoint import rank_state
+from memorizing_transformers.training.checkpoint.rank_state import (
     RankPart,
     load_gradients,
     random_state,
     set_random_state,
 )
-from memorizing_transformers.training.resume import restore_gradients
+from memorizing_transformers.training.checkpoint.resume import restore_gradients
+from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.trainer import MemoryTrainer
 
 QUIET: dict[str, Any] = {
@@ -108,7 +108,7 @@ def write_parts(folder: Path, gradients: list[dict[str, Tensor]]) -> None:
 def test_other_ranks_take_the_mean_of_what_was_accumulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memorizing_transformers.training.checkpoints.verify", lambda *_: {})
+    monkeypatch.setattr("memorizing_transformers.training.checkpoint.folder.verify", lambda *_: {})
     net = torch.nn.Linear(2, 3)
     net.bias.requires_grad_(False)
     parts = [{n: torch.randn_like(p) for n, p in net.named_parameters()} for _ in range(2)]
@@ -131,7 +131,9 @@ def test_other_ranks_take_the_mean_of_what_was_accumulated(
         assert net.bias.grad is None
     # Sharded ranks have no gradient of their own: each takes a shard of the mean.
     with monkeypatch.context() as patch:
-        patch.setattr("memorizing_transformers.training.resume.is_sharded", lambda _: True)
+        patch.setattr(
+            "memorizing_transformers.training.checkpoint.resume.is_sharded", lambda _: True
+        )
         assert restore_gradients(tmp_path / "two", {"world_size": 2}, 1, 2, net)  # type: ignore[arg-type]
         assert torch.equal(net.weight.grad, mean)
     net.zero_grad()
@@ -258,7 +260,7 @@ def test_plain_loaders_resume_without_a_datamodule(texts: Path, tmp_path: Path) 
 
 
 def test_rows_that_the_ranks_cannot_share_are_refused(texts: Path, tmp_path: Path) -> None:
-    from memorizing_transformers.training.resume import restore_rows
+    from memorizing_transformers.training.checkpoint.resume import restore_rows
 
     fit(texts, tmp_path)
     place: Any = (tmp_path / "1.ckpt", {"world_size": 1}, 0, 3)

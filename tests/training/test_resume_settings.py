@@ -17,9 +17,9 @@ from small import Losses, assert_alike, make_data, make_module
 from torch import Tensor, nn
 
 from memorizing_transformers.errors import UserError
-from memorizing_transformers.training import checkpoints
+from memorizing_transformers.training.checkpoint import folder as checkpoints
+from memorizing_transformers.training.checkpoint.optimizer_state import SETTINGS_KEY
 from memorizing_transformers.training.module import MemorizingLM
-from memorizing_transformers.training.optimizer_state import SETTINGS_KEY
 from memorizing_transformers.training.optimizers import OptimizerConfig, make_optimizer
 from memorizing_transformers.training.sharded import _by_name
 from memorizing_transformers.training.trainer import MemoryTrainer

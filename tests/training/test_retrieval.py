@@ -17,7 +17,7 @@ from memorizing_transformers.memory.search import make_search
 from memorizing_transformers.memory.search.auto import Choice
 from memorizing_transformers.model import Retrieval
 from memorizing_transformers.training.callbacks.retrieval import retrieval_recall, retrieved_ages
-from memorizing_transformers.training.logger import RunLogger
+from memorizing_transformers.training.tensorboard import RunLogger
 
 NOTHING = torch.zeros(0)
 

@@ -14,7 +14,7 @@ from small import make_data, make_module, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from memorizing_transformers.data.tokenization import byte_tokenizer
+from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 from memorizing_transformers.memory import Memory
 from memorizing_transformers.model import Retrieval
 from memorizing_transformers.training.callbacks.samples import (
@@ -23,7 +23,7 @@ from memorizing_transformers.training.callbacks.samples import (
     stored_context,
     visible,
 )
-from memorizing_transformers.training.logger import RunLogger
+from memorizing_transformers.training.tensorboard import RunLogger
 
 HOSTILE = (
     "plain text\n\n# heading\n<script>alert(1)</script>\n```\n</code></pre><img src=x onerror=a()>"

@@ -23,7 +23,7 @@ from small import (
 from memorizing_transformers.memory import Memory
 from memorizing_transformers.model import Transformer
 from memorizing_transformers.training.callbacks.staleness import key_drift, sample_window
-from memorizing_transformers.training.logger import RunLogger
+from memorizing_transformers.training.tensorboard import RunLogger
 
 STANDING_STILL = {"lr": 1e-30, "weight_decay": 0.0}
 

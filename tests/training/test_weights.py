@@ -15,7 +15,7 @@ from small import Losses, Run, assert_alike, command, make_data, make_module, ma
 from torch import Tensor
 
 from memorizing_transformers.errors import ConfigError
-from memorizing_transformers.training.export import load_model
+from memorizing_transformers.training.checkpoint.export import load_model
 from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.trainer import MemoryTrainer
 

@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from .batch import IGNORE_INDEX, Batch
     from .datamodule import DocumentDataModule
     from .loader import SegmentLoader
-    from .plan import RowPlan
-    from .prepare import prepare_store
+    from .row_plan import RowPlan
     from .settings import CorpusSettings, SourceSettings, TokenizerSettings
-    from .store import TokenStore
-    from .tokenization import byte_tokenizer, encode_document, load_tokenizer, train_bpe
+    from .tokens.prepare import prepare_store
+    from .tokens.store import TokenStore
+    from .tokens.tokenizers import byte_tokenizer, encode_document, load_tokenizer, train_bpe
 
 _HOMES = {
     "IGNORE_INDEX": ".batch",
     "Batch": ".batch",
     "CorpusSettings": ".settings",
     "DocumentDataModule": ".datamodule",
-    "RowPlan": ".plan",
+    "RowPlan": ".row_plan",
     "SegmentLoader": ".loader",
     "SourceSettings": ".settings",
-    "TokenStore": ".store",
+    "TokenStore": ".tokens.store",
     "TokenizerSettings": ".settings",
-    "byte_tokenizer": ".tokenization",
-    "encode_document": ".tokenization",
-    "load_tokenizer": ".tokenization",
-    "prepare_store": ".prepare",
-    "train_bpe": ".tokenization",
+    "byte_tokenizer": ".tokens.tokenizers",
+    "encode_document": ".tokens.tokenizers",
+    "load_tokenizer": ".tokens.tokenizers",
+    "prepare_store": ".tokens.prepare",
+    "train_bpe": ".tokens.tokenizers",
 }
 
 __all__ = [

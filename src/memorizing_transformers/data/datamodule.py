@@ -10,18 +10,19 @@ from lightning.pytorch import LightningDataModule
 
 from ..errors import ConfigError, UserError
 from .loader import SegmentLoader
-from .plan import RowPlan
-from .prepare import prepare_store, summary_lines
-from .rearranged import CutStore, ShuffledStore
-from .settings import (
-    SPLITS,
-    CorpusSettings,
-    SourceSettings,
-    TokenizerSettings,
-    check_unicode,
+from .row_plan import RowPlan
+from .settings import SPLITS, CorpusSettings, SourceSettings, TokenizerSettings, check_unicode
+from .tokens.prepare import prepare_store, summary_lines
+from .tokens.shuffled import CutStore, ShuffledStore
+from .tokens.store import MIN_TOKENS, TOKENIZER_FOLDER, TokenStore
+from .tokens.tokenizers import (
+    BPE,
+    BYTES,
+    NUM_BYTES,
+    byte_tokenizer,
+    load_tokenizer,
+    vocabulary_size,
 )
-from .store import MIN_TOKENS, TOKENIZER_FOLDER, TokenStore
-from .tokenization import BPE, BYTES, NUM_BYTES, byte_tokenizer, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

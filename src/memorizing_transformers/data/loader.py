@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from .batch import IGNORE_INDEX, Batch
-from .plan import IDLE, RowPlan
-from .store import TokenStore
+from .row_plan import IDLE, RowPlan
+from .tokens.store import TokenStore
 
 
 class SegmentLoader:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import ConfigError
-from .documents import readable
-from .tokenization import BYTES, NUM_BYTES
+from .sources.documents import readable
+from .tokens.tokenizers import BYTES, NUM_BYTES
 
 SPLITS = ("train", "validation", "test")
 STDLIB = "stdlib"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .indexed import Rows, dots, weighted_sum
+from .gathered import Rows, dots, weighted_sum
 from .ring import Memory
 from .search import Neighbours
 

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from .reading import Reading
+from .snapshot import Reading
 from .storage import SCALES, converted, quantize, restore
 
 

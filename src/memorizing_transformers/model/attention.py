@@ -14,7 +14,7 @@ from ..memory import Memory, Pairs, Search, XLCache
 from .bias import LocalBias
 from .compiled import dense
 from .config import ModelConfig
-from .local import local_attention
+from .local_attention import local_attention
 from .reader import MemoryReader, Retrieval
 
 

@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from ..memory import (
-    STORAGE_DTYPES,
-    Memory,
-    MemoryBank,
-    Pairs,
-    SegmentPairs,
-    XLCache,
-    make_search,
-)
+from ..memory import STORAGE_DTYPES, Memory, MemoryBank, Pairs, SegmentPairs, XLCache, make_search
 from .attention import Attention, MemoryLayerAttention
 from .compiled import dense
 from .config import ModelConfig

@@ -18,15 +18,15 @@ from ..errors import ConfigError
 from ..failures import run, take_debug_flag
 from ..parsing import OneLineParser, configs_first
 from .callbacks import PredictionWriter, ProgressLines
+from .checkpoint.finding import resolve_checkpoint, saved_to
 from .ends import end_line
-from .finding import resolve_checkpoint, saved_to
-from .logger import RunLogger, flat_settings
+from .final_table import final_report
 from .module import MemorizingLM
-from .quiet import hush
-from .report import final_report
-from .runs import run_folder
+from .run_folders import run_folder
 from .signals import Interrupted
+from .tensorboard import RunLogger, flat_settings
 from .trainer import MemoryTrainer
+from .unwanted_messages import hush
 
 LIMITED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 """By command, whose batches it cannot do without."""

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ..errors import UserError
-from . import checkpoints
+from .checkpoint import folder as checkpoints
 from .signals import Interrupted
 
 RESUME = "resume with --ckpt_path last"

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..memory import SEARCHES, STORAGE_DTYPES
-from ..memory.search.host import SCORE_BYTES as HOST_SCORE_BYTES
-from ..memory.search.scan import SCORE_BYTES
+from ..memory.search.kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
+from ..memory.search.kernels.score_blocks import SCORE_BYTES
 from ..memory.storage import slot_bytes
 from ..model import ModelConfig
-from ..model.local import BLOCK
+from ..model.local_attention import BLOCK
 
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
 """Numbers of optimiser state per weight; Adafactor's factors are negligible."""

@@ -22,7 +22,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore
 
-from .background import Writer
+from .checkpoint.background import Writer
 
 INTERVAL = 0.5
 """Seconds between two beats."""

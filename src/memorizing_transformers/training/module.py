@@ -21,17 +21,17 @@ from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
+from .best_neighbour import best_neighbour
 from .callbacks import MemoryClearing, standard_callbacks
-from .checkpoints import FOLDER_KEY
-from .export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
+from .checkpoint.export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
+from .checkpoint.folder import FOLDER_KEY
+from .checkpoint.optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
+from .checkpoint.optimizer_state import take_over
+from .checkpoint.resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
+from .checkpoint.weights import weights_for
 from .metrics import language_model_metrics
-from .neighbours import best_neighbour
-from .optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
-from .optimizer_state import take_over
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
-from .resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
 from .sharded import gathered_gradients, shard
-from .weights import weights_for
 
 Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 from ..model import Transformer
 from ..model.renamed import with_current_names
-from . import checkpoints
+from .checkpoint import folder as checkpoints
 
 
 class ShardedStrategy(ModelParallelStrategy):

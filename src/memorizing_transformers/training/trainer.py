@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
-from . import checkpoints
-from .background import Writer
+from .checkpoint import folder as checkpoints
+from .checkpoint.background import Writer
+from .checkpoint.folder_io import FolderCheckpointIO
+from .checkpoint.rank_state import RankPart
+from .checkpoint.resume import resume_facts
 from .ends import RunEnd, RunStart, folders_of, kept_by, model_checkpoints
-from .folder_io import FolderCheckpointIO
 from .liveness import Liveness
-from .rank_state import RankPart
-from .resume import resume_facts
-from .runs import Claim
+from .run_folders import Claim
 from .signals import Interrupted, StopSignals
 
 

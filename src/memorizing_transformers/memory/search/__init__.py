@@ -19,7 +19,7 @@ __all__ = ["SEARCHES", "Backend", "Neighbours", "Search", "is_approximate", "mak
 
 def _faiss(kind: str) -> Callable[[float, int | None], Search]:
     def build(recall_target: float, score_bytes: int | None) -> Search:
-        from .indexes import FaissSearch
+        from .faiss_index import FaissSearch
 
         return FaissSearch(kind, recall_target)  # type: ignore[arg-type]
 

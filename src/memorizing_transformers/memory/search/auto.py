@@ -10,9 +10,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..ring import Memory
+from .kernels.int8_scan import has_fast_int8
 from .policy import QUANTIZED_SLOTS, ROUGH_SLOTS
 from .protocol import Neighbours, Search
-from .quantized import has_fast_int8
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..indexed import Rows, dots
+from ..gathered import Rows, dots
 from ..ring import Memory
-from .host import SCORE_BYTES as HOST_SCORE_BYTES
-from .host import apart
+from .kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
+from .kernels.cpu_scan import apart
+from .kernels.score_blocks import SCORE_BYTES
 from .policy import KERNELS, KernelChoice, KernelFailed, choose_kernel
 from .protocol import Neighbours
-from .scan import SCORE_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..ring import Memory
-from .host import SCORE_BYTES as HOST_SCORE_BYTES
-from .host import HostScan
-from .largest import largest
+from .kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
+from .kernels.cpu_scan import HostScan
+from .kernels.score_blocks import SCORE_BYTES, score_blocks
+from .kernels.top_k import largest
 from .protocol import Neighbours
-from .scan import SCORE_BYTES, score_blocks
 
 
 class ExactSearch:

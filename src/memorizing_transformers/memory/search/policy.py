@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..ring import Memory
-from .host import HostScan
-from .largest import members_for
+from .kernels.cpu_scan import HostScan
+from .kernels.int8_scan import has_fast_int8, quantized_search
+from .kernels.top_k import members_for
+from .kernels.torch_buckets import torch_buckets
 from .protocol import Neighbours
-from .quantized import has_fast_int8, quantized_search
-from .torch_buckets import torch_buckets
 
 ROUGH_RECALL = 0.97
 """Recall targets up to this one allow rough scores, in int8 or bfloat16, where they are fast."""
@@ -69,7 +69,7 @@ def _int8(q: Tensor, memory: Memory, count: int, buckets: int, room: int) -> Nei
 def _triton(q: Tensor, memory: Memory, count: int, buckets: int, room: int) -> Neighbours:
     from triton import TritonError
 
-    from .fused import triton_buckets
+    from .kernels.triton_buckets import triton_buckets
 
     try:
         return triton_buckets(q, memory, count, buckets, room)
@@ -127,7 +127,7 @@ def choose_kernel(
             return KernelChoice("torch", top_k, f"a recall target above {ROUGH_RECALL}")
         if not has_fused_kernel():
             return KernelChoice("torch", top_k, "no Triton, or a GPU older than Ampere")
-        from .fused import WIDEST
+        from .kernels.triton_buckets import WIDEST
 
         if queries.shape[-1] > WIDEST:
             return KernelChoice("torch", top_k, f"heads wider than {WIDEST}")

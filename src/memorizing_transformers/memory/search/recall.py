@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..indexed import Rows, dots
+from ..gathered import Rows, dots
 from ..ring import Memory
 from .exact import ExactSearch
 from .protocol import Search

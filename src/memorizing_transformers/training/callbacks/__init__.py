@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightning.pytorch import Callback
 
 from .clearing import MemoryClearing
-from .figures import LossByPosition
-from .lines import ProgressLines
+from .loss_by_position import LossByPosition
 from .predictions import PredictionWriter
+from .progress_lines import ProgressLines
 from .retrieval import RetrievalHistograms, RetrievalLogging
 from .samples import RetrievalSamples
 from .staleness import StalenessLogging

@@ -16,7 +16,7 @@ from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
 from ...model import ModelOutput, Retrieval, Transformer
 from ..sharded import whole
-from .observing import Harmless, Observer, log_scalars, tensorboards
+from .observer import Harmless, Observer, log_scalars, tensorboards
 
 RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""

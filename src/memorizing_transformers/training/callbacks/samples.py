@@ -10,7 +10,7 @@ import torch
 from ...data.batch import Batch
 from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Retrieval
-from .observing import Harmless, Observer, tensorboards
+from .observer import Harmless, Observer, tensorboards
 
 CONTEXT = 12
 """Tokens shown on either side of a token."""

@@ -9,7 +9,7 @@ from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Transformer
 from ..sharded import is_sharded
-from .observing import Observer, log_scalars
+from .observer import Observer, log_scalars
 
 
 def sample_window(memory: Memory, segment: int) -> tuple[int, Tensor] | None:

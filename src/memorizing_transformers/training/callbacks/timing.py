@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...data.batch import Batch
 from ...memory import Memory, Neighbours, Search
-from .observing import log_scalars
+from .observer import log_scalars
 
 
 def wait_for(device: torch.device) -> None:

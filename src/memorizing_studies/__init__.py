@@ -1,0 +1,1 @@
+"""Studies of models that the core trains: ablation and inspection."""

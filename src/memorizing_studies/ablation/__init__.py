@@ -1,0 +1,1 @@
+"""Plans of variants, run and compared."""

@@ -1,0 +1,176 @@
+"""One pass over the documents of a split: losses by document, time, recall of the search."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from memorizing_transformers.data.batch import IGNORE_INDEX, Batch
+from memorizing_transformers.errors import UserError
+from memorizing_transformers.memory import Memory, Neighbours, Search
+from memorizing_transformers.memory.search.recall import measured_recall
+from memorizing_transformers.model import Transformer
+from memorizing_transformers.model.renamed import with_current_names
+from memorizing_transformers.training.callbacks.timing import TimedSearch, wait_for
+from memorizing_transformers.training.checkpoint import folder as checkpoints
+from memorizing_transformers.training.checkpoint.export import TOKENIZER_KEY, is_packed
+
+RECALL_EVERY = 16
+"""Recall is measured at the first of every 16 searches of a layer."""
+RECALL_QUERIES = 16
+"""Queries of each row and key/value head whose recall is measured."""
+
+
+def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: Any = None) -> None:
+    """Put a checkpoint's weights into a network, which may differ in its memory layers.
+
+    Gates and biases of retrieved pairs that the network lacks are left out.
+
+    Args:
+        net: the network.
+        folder: the checkpoint.
+        fresh_memory: whether gates and biases that the checkpoint lacks may keep their start.
+        tokenizer: that of the data; None not to compare it with the checkpoint's.
+
+    Raises:
+        UserError: naming the weights that do not fit, or because the token ids mean other text.
+    """
+    checkpoints.open_folder(folder)
+    file = folder / checkpoints.TRAINER_FILE
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    packed = checkpoint.get(TOKENIZER_KEY)
+    if packed is not None and tokenizer is not None and not is_packed(packed, tokenizer):
+        raise UserError("from: the checkpoint has another tokenizer, so its ids mean other text")
+    weights = checkpoint["state_dict"]
+    saved = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
+    saved = with_current_names(saved)
+    own = net.state_dict()
+    kept = {id(parameter) for parameter in net.memory_parameters()} if fresh_memory else set()
+    excused = {name for name, parameter in net.named_parameters() if id(parameter) in kept}
+    surplus = [n for n in saved if n not in own and ".reader." not in n]
+    lacking = [name for name in own if name not in saved and name not in excused]
+    misfit = [n for n in own if n in saved and saved[n].shape != own[n].shape]
+    for what, names in (
+        ("lacks", lacking),
+        ("has besides", surplus),
+        ("has another shape of", misfit),
+    ):
+        if names:
+            remedy = "let the variant train from the start"
+            raise UserError(f"from: the checkpoint {what} {', '.join(names[:3])}; {remedy}")
+    net.load_state_dict(saved, strict=False)
+
+
+class MeasuredSearch(TimedSearch):
+    """A search that adds up its seconds and, on a sample of what it is asked, its recall.
+
+    Args:
+        search: the search itself.
+    """
+
+    def __init__(self, search: Search) -> None:
+        super().__init__(search)
+        self.aside = 0.0
+        """Seconds that measuring recall took."""
+        self.recalls: list[float] = []
+        self._calls = 0
+
+    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+        found = super().__call__(queries, memory, top_k)
+        ended = time.perf_counter()
+        # With no more pairs than neighbours every search finds all.
+        if int(memory.fill.max()) > top_k:
+            if self._calls % RECALL_EVERY == 0:
+                self.recalls.append(self._recall(queries, memory, found, top_k))
+            self._calls += 1
+        self.aside += time.perf_counter() - ended
+        return found
+
+    @staticmethod
+    def _recall(queries: Tensor, memory: Memory, found: Neighbours, top_k: int) -> float:
+        count = queries.shape[2]
+        chosen = torch.linspace(0, count - 1, min(RECALL_QUERIES, count)).long()
+        chosen = chosen.to(queries.device)
+        sample = Neighbours(found.slots[:, :, chosen], found.valid[:, :, chosen])
+        return measured_recall(lambda *_: sample, queries[:, :, chosen], memory, top_k)
+
+
+class Evaluation(Callback):
+    """Loads weights, then keeps what an evaluation shows.
+
+    Args:
+        checkpoint: whose weights.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.documents: dict[int, list[float]] = {}
+        """By document: predicted tokens, summed loss in nats, CRC-32 of all its tokens in order."""
+        self._searches: list[MeasuredSearch] = []
+        self._seconds: list[float] = []
+        self._began = 0.0
+        self._aside = 0.0
+
+    def _start(self, trainer: Any, pl_module: Any) -> None:
+        tokenizer = trainer.datamodule.text_tokenizer
+        load_weights(pl_module.net, self.checkpoint, fresh_memory=False, tokenizer=tokenizer)
+        for reader in pl_module.net.readers().values():
+            reader.search = MeasuredSearch(reader.search)
+            self._searches.append(reader.search)
+
+    def _before(
+        self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._aside = sum(search.aside for search in self._searches)
+        wait_for(pl_module.device)
+        self._began = time.perf_counter()
+
+    def _after(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        wait_for(pl_module.device)
+        taken = time.perf_counter() - self._began
+        self._seconds.append(taken + self._aside - sum(s.aside for s in self._searches))
+        losses, targets = outputs["nll"].double().sum(1).tolist(), batch.targets.cpu().numpy()
+        inputs = batch.input_ids.cpu().numpy()
+        for row, document in enumerate(batch.document.tolist()):
+            if document < 0:
+                continue
+            read = targets[row][targets[row] != IGNORE_INDEX]
+            # The first token of a document is no target.
+            first = [0, 0.0, zlib.crc32(inputs[row, :1].tobytes())]
+            tokens, loss, mark = self.documents.get(document, first)
+            mark = zlib.crc32(read.tobytes(), int(mark))
+            self.documents[document] = [tokens + len(read), loss + losses[row], mark]
+
+    on_test_start = on_validation_start = _start
+    on_test_batch_start = on_validation_batch_start = _before
+    on_test_batch_end = on_validation_batch_end = _after
+
+    def figures(self) -> dict[str, float]:
+        """Tokens, tokens per second, milliseconds a batch and of search, recall where measured."""
+        tokens, seconds = sum(d[0] for d in self.documents.values()), sum(self._seconds)
+        found = {
+            "tokens": tokens,
+            "eval_tokens_per_second": tokens / seconds,
+            "eval_step_ms": 1000 * seconds / len(self._seconds),
+        }
+        if any(search.seconds for search in self._searches):
+            searching = sum(search.seconds for search in self._searches)
+            found["eval_search_ms"] = 1000 * searching / len(self._seconds)
+        recalls = [recall for search in self._searches for recall in search.recalls]
+        if recalls:
+            found["recall"] = sum(recalls) / len(recalls)
+        return found

@@ -1,0 +1,33 @@
+"""Small JSON files that processes leave for each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from memorizing_transformers.errors import UserError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is whole as soon as it has its name."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file, or None where there is none.
+
+    Raises:
+        UserError: where it holds no JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; delete the folder {path.parent}")
+    return found

@@ -1,0 +1,91 @@
+"""The commands that this package adds to ``python -m memorizing_transformers``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memorizing_transformers.errors import ConfigError
+
+
+def inspect(
+    ckpt_path: str,
+    document: str,
+    out: str = "report",
+    memory_sizes: str | None = None,
+    segment_length: int | None = None,
+    retrieved: int = 4,
+    device: str | None = None,
+) -> None:
+    """Show what the memory does for a text: one HTML page, and the same as JSON lines.
+
+    Reads the text with the memory switched off and with it, and keeps for every token what it
+    gained and what each head retrieved.
+
+    Example: python -m memorizing_transformers inspect --ckpt_path last.ckpt --document FILE
+
+    Args:
+        ckpt_path: a checkpoint, or a folder that export wrote.
+        document: a text file in UTF-8.
+        out: the folder to write index.html and tokens.jsonl into.
+        memory_sizes: one or two sizes of the memory, e.g. 2048,8192; the checkpoint's unless given.
+        segment_length: tokens read at once; that of the training run unless given.
+        retrieved: neighbours kept of each head and token, the heaviest first.
+        device: e.g. cpu or cuda:0; a GPU unless given, where there is one.
+    """
+    from .inspection.command import inspect as show
+
+    show(ckpt_path, document, out, memory_sizes, segment_length, retrieved, device)
+
+
+def ablate(
+    plan: str,
+    jobs: int = 1,
+    threads: int | None = None,
+    overrides: Any = None,
+    out: str | None = None,
+    check: bool = False,
+) -> None:
+    """Run a plan of ablations and write its table; the same command goes on where it was stopped.
+
+    Example: python -m memorizing_transformers ablate --plan configs/ablations/components.yaml
+
+    Args:
+        plan: the plan, a YAML file; docs/ablations.md says what it holds.
+        jobs: runs side by side, each in a process of its own; 0 for none beside this one.
+        threads: of each run; OMP_NUM_THREADS, or else the processors shared out, unless given.
+        overrides: changes of the base in all variants, e.g. '{data.source: texts/}'.
+        out: folder of the runs and the table, in place of the plan's own.
+        check: build every variant's config and stop before anything runs.
+    """
+    from .ablation.plan import check as check_plan
+    from .ablation.plan_file import load_plan
+    from .ablation.runner import run_plan
+
+    loaded = load_plan(plan, overrides, out)
+    if jobs < 0:
+        raise ConfigError("jobs", jobs, "must be at least 0")
+    if threads is not None and threads < 1:
+        raise ConfigError("threads", threads, "must be at least 1")
+    if check:
+        print(
+            f"{plan}: {len(check_plan(loaded))} variants, seeds {', '.join(map(str, loaded.seeds))}"
+        )
+        return
+    # A polite kill is a Ctrl-C: the runs are told, and can go on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        trials = run_plan(loaded, jobs, threads)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    print(Path(loaded.out, "table.md").read_text(encoding="utf-8"))
+    print(f"results: {loaded.out}")
+    if any(trial.failure is not None for trial in trials):
+        sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "ablate": ablate}

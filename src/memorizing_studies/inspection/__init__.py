@@ -1,0 +1,1 @@
+"""What the memory does for a text, token by token."""

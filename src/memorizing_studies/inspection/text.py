@@ -1,0 +1,99 @@
+"""A document as tokens that know which part of its text each one stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memorizing_transformers.data.sources.documents import first_line
+from memorizing_transformers.data.tokens.encoding_rules import backend_of, text_only
+from memorizing_transformers.data.tokens.tokenizers import byte_vocabulary, make_encoder
+from memorizing_transformers.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text cut where its tokens end, so that the pieces joined are the text.
+
+    A character that a byte-level tokenizer spread over several tokens belongs to the first of them;
+    the others stand for the empty string.
+    """
+
+    text: str
+    ids: NDArray[np.int64]
+    """(L,) token ids."""
+    ends: NDArray[np.int64]
+    """(L,) ascending, where in the text each token ends, in characters; the last is its length."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pieces(self) -> list[str]:
+        """The text of every token."""
+        ends = self.ends.tolist()
+        return [self.text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    def utf16_lengths(self) -> NDArray[np.int64]:
+        """(L,) the length of every token's text in UTF-16 units, by which browsers count."""
+        points = np.frombuffer(self.text.encode("utf-32-le"), dtype=np.uint32)
+        units = np.concatenate([[0], np.cumsum(1 + (points > 0xFFFF))])
+        return np.diff(units[self.ends], prepend=0)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its line ends as they stand, without a byte order mark.
+
+    Raises:
+        ConfigError: where it cannot be read, is empty, or is not UTF-8.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "document", str(path), f"cannot be read ({first_line(error)}); give a text file"
+        ) from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedy = f"is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
+        raise ConfigError("document", str(path), remedy) from error
+    if not text:
+        raise ConfigError("document", str(path), "is empty; give a file that holds text")
+    return text
+
+
+def tokenize(tokenizer: Any, text: str) -> TokenizedText:
+    """The ids that training would give the text, each with its part of it.
+
+    A tokenizer that cannot tell where its tokens lie gives back its own rendering of the text.
+    """
+    ids = make_encoder(tokenizer)(text).astype(np.int64)
+    raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    if np.array_equal(ids, raw):
+        # One token a byte: every byte that continues no character begins one.
+        return TokenizedText(text, ids, np.cumsum((raw & 0xC0) != 0x80))
+    backend = backend_of(tokenizer)
+    if backend is None:
+        rendered = {token: tokenizer.decode([token]) for token in np.unique(ids).tolist()}
+        pieces = [rendered[token] for token in ids.tolist()]
+        return TokenizedText("".join(pieces), ids, np.cumsum([len(piece) for piece in pieces]))
+    encoding = text_only(backend).encode(text, add_special_tokens=False)
+    ends = np.asarray([end for _, end in encoding.offsets], dtype=np.int64)
+    ends = np.maximum.accumulate(ends)
+    if len(ends):
+        ends[-1] = len(text)
+    return TokenizedText(text, ids, ends)
+
+
+def name_of_token(tokenizer: Any, token: int) -> str:
+    """What to call a token that stands for no text of its own: its bytes in hexadecimal digits, or
+    the vocabulary's name for it."""
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    known = byte_vocabulary()
+    if name and all(char in known for char in name):
+        return " ".join(f"{known[char]:02X}" for char in name)
+    return name

@@ -1,1 +1,0 @@
-"""Looking inside a trained model: what its memory retrieved, and what that was worth."""

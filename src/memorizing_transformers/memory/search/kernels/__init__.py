@@ -1,0 +1,1 @@
+"""The inner loops of the searches, one for each kind of hardware."""

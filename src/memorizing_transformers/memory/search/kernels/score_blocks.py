@@ -1,0 +1,53 @@
+"""Scoring a memory block by block, so that the full score tensor never lives.
+
+Shapes: B rows, G key/value heads, Q queries, M slots, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...ring import Memory
+
+SCORE_BYTES = 64 * 2**20
+"""Scores that may live at once. Small enough to stay near the cache, large enough for the BLAS."""
+
+
+def score_blocks(
+    queries: Tensor,
+    memory: Memory,
+    score_bytes: int = SCORE_BYTES,
+    multiple: int = 1,
+    chosen: slice = slice(None),
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Yield ``(rows, first slot, scores)`` with scores (rows, G, Q, block) in fp32.
+
+    Empty slots score minus infinity. Slots past the fullest row are not read at all.
+
+    Args:
+        queries: (B, G, Q, D) detached.
+        memory: what to score against.
+        score_bytes: bound on the bytes of one block of scores.
+        multiple: every block but the last has a multiple of so many slots.
+        chosen: the rows to score, consecutive.
+    """
+    batch, groups, count, _ = queries.shape
+    used = memory.max_fill
+    per_row = groups * count * 4
+    block = max(1, min(used, score_bytes // per_row) // multiple) * multiple
+    rows_at_once = max(1, score_bytes // (per_row * block))
+    valid = memory.valid(used)
+    begin, end, _ = chosen.indices(batch)
+    for first_row in range(begin, end, rows_at_once):
+        rows = slice(first_row, min(end, first_row + rows_at_once))
+        rows_queries = queries[rows].float()
+        for start in range(0, used, block):
+            slots = slice(start, min(used, start + block))
+            scores = rows_queries @ memory.keys_at((rows, slice(None), slots)).transpose(-1, -2)
+            # Asking costs a wait on a GPU, filling a pass over the scores on a CPU.
+            if scores.is_cuda or not valid[rows, slots].all():
+                scores.masked_fill_(~valid[rows, None, None, slots], -torch.inf)
+            yield rows, start, scores

@@ -1,0 +1,1 @@
+"""Checkpoint folders: weights, position and the memory of every row."""

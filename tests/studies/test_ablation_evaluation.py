@@ -1,0 +1,83 @@
+"""Recall and time of a search, and weights of one model in another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memorizing_studies.ablation import evaluation
+from memorizing_studies.ablation.evaluation import MeasuredSearch, load_weights
+from memorizing_transformers.errors import UserError
+from memorizing_transformers.memory import Memory, Neighbours
+from memorizing_transformers.memory.search.exact import ExactSearch
+from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
+
+
+def half_search(queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    slots, valid = ExactSearch()(queries, memory, top_k)
+    return Neighbours(slots, valid & (torch.arange(top_k) < top_k // 2))
+
+
+@pytest.mark.parametrize(("search", "recall"), [(ExactSearch(), 1.0), (half_search, 0.5)])
+def test_recall_is_the_share_of_true_neighbours(search: Any, recall: float) -> None:
+    memory = Memory(2, 2, 64, 8)
+    pairs = torch.randn(2, 2, 48, 8)
+    memory.write(pairs, pairs)
+    before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
+    measured = MeasuredSearch(search)
+    queries = torch.randn(2, 2, 40, 8)
+    found, plain = measured(queries, memory, 4), search(queries, memory, 4)
+    assert torch.equal(found.slots, plain.slots)
+    assert measured.recalls == [recall]
+    assert measured.seconds > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in memory.tensors().items())
+
+
+def net(seed: int, **memory: Any) -> Transformer:
+    torch.manual_seed(seed)
+    settings = MemoryConfig(**{"size": 16, "top_k": 2, "layers": [-1], **memory})
+    config = ModelConfig(vocab_size=16, d_model=8, num_layers=2, num_heads=2, memory=settings)
+    return Transformer(config)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stores a network's weights as a checkpoint's trainer part."""
+    monkeypatch.setattr(evaluation.checkpoints, "open_folder", lambda folder: {})
+
+    def save(network: Transformer) -> Path:
+        state = {f"net.{name}": tensor for name, tensor in network.state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / evaluation.checkpoints.TRAINER_FILE)
+        return tmp_path
+
+    return save
+
+
+def test_a_model_without_memory_gives_its_weights_to_one_with(saved: Any) -> None:
+    plain, target = net(1, layers=[]), net(2)
+    with pytest.raises(UserError, match=r"lacks layers\.1\.attention\.reader\.gate"):
+        load_weights(target, saved(plain), fresh_memory=False)
+    gate = target.layers[1].attention.reader.gate.logit.detach().clone()
+    load_weights(target, saved(plain), fresh_memory=True)
+    state = target.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    assert torch.equal(state["layers.1.attention.reader.gate.logit"], gate)
+
+
+def test_gates_are_left_out_where_there_is_no_memory(saved: Any) -> None:
+    target, source = net(2, layers=[]), net(1)
+    own, given = target.state_dict(), source.state_dict()
+    assert not torch.equal(own["embedding.weight"], given["embedding.weight"])
+    load_weights(target, saved(source), fresh_memory=False)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in target.state_dict().items())
+    assert any("gate" in name for name in given.keys() - own.keys())
+
+
+def test_weights_of_another_shape_are_refused(saved: Any) -> None:
+    other = Transformer(ModelConfig(vocab_size=16, d_model=8, num_layers=2, num_heads=2, d_ff=8))
+    with pytest.raises(UserError, match="feed_forward"):
+        load_weights(other, saved(net(1)), fresh_memory=True)
