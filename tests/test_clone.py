@@ -102,7 +102,7 @@ def test_the_workers_of_ablate_find_their_package(clone: Path, texts: list[str])
     pairs = (option.removeprefix("--").split("=") for option in texts)
     overrides = "\n".join(f"  {key}: {value}" for key, value in pairs)
     plan = f"base: configs/quickstart.yaml\noverrides:\n{overrides}\nseeds: [0]\nout: ablation\n"
-    plan += (
+    plan += "budget: {tokens: 1024}\nvariants: [{name: smaller, overrides: {model.d_model: 8}}]\n"
         "budget: {tokens: 1024}\nvariants:\n  - {name: smaller, overrides: {model.d_model: 8}}\n"
     )
     (clone / "plan.yaml").write_text(plan)
