@@ -103,8 +103,6 @@ def test_the_workers_of_ablate_find_their_package(clone: Path, texts: list[str])
     overrides = "\n".join(f"  {key}: {value}" for key, value in pairs)
     plan = f"base: configs/quickstart.yaml\noverrides:\n{overrides}\nseeds: [0]\nout: ablation\n"
     plan += "budget: {tokens: 1024}\nvariants: [{name: smaller, overrides: {model.d_model: 8}}]\n"
-        "budget: {tokens: 1024}\nvariants:\n  - {name: smaller, overrides: {model.d_model: 8}}\n"
-    )
     (clone / "plan.yaml").write_text(plan)
     python(clone, "-m", "memorizing_transformers", "ablate", "--plan", "plan.yaml", "--jobs", "2")
     assert "smaller" in (clone / "ablation" / "table.md").read_text()
