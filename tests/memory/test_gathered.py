@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bounds import Peak
+from peak import Peak
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -137,3 +137,53 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
     with pytest.raises(ConfigError) as caught:
         OptimizerConfig(**settings).validate()
     assert str(caught.value) == f"model.optimizer.{message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("torch.optim.NAdam", torch.optim.NAdam, {"momentum_decay": 0.01}),
+        ("torch.optim.SGD", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ("adamw", torch.optim.AdamW, {"eps": 1e-4}),
+    ],
+)
+def test_any_optimiser_by_its_class_with_our_groups(
+    name: str, kind: type, options: dict[str, Any]
+) -> None:
+    config = OptimizerConfig(name, lr=0.5, weight_decay=0.3, options=options)
+    config.validate()
+    net = Net()
+    optimizer = make_optimizer(net, config)
+    assert type(optimizer) is kind
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in options} == options
+        assert group["lr"] == 0.5
+    net().backward()
+    before = [net.matrix.clone(), net.vector.clone(), net.frozen.clone()]
+    optimizer.step()
+    assert [torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"name": "adam"}, "model.optimizer.name"),
+        ({"name": "torch.optim.Nope"}, "model.optimizer.name"),
+        ({"name": "torch.nn.Linear"}, "model.optimizer.name"),
+        ({"name": "no.such.Optimizer"}, "model.optimizer.name"),
+        ({"name": "."}, "model.optimizer.name"),
+        ({"name": "torch.optim.LBFGS"}, "model.optimizer.options"),
+        ({"options": {"momentum": 0.9}}, "model.optimizer.options"),
+        ({"options": {"eps": -1.0}}, "model.optimizer.options"),
+        ({"name": "torch.optim.SGD", "betas": (0.5, 0.5)}, "model.optimizer.betas"),
+    ],
+)
+def test_what_is_no_optimiser_is_refused(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig(**settings).validate()
+    assert caught.value.key == key

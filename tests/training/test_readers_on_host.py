@@ -76,7 +76,7 @@ def batch_of(ids: Tensor, number: int) -> Batch:
 
 def observed(module: MemorizingLM, observer: Any, *arguments: Any) -> dict[str, Any]:
     logger = Recorder()
-    observer._module, observer._trainer = module, SimpleNamespace(loggers=[logger])
+    observer.module, observer.trainer = module, SimpleNamespace(loggers=[logger])
     observer.observe(*arguments, 3)
     return logger.seen
 

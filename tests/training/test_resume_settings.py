@@ -105,6 +105,7 @@ def forget_settings(folder: Path) -> Path:
 OTHER: dict[str, Any] = {
     "name": "adafactor",
     "lr": 3e-3,
+    "options": {"eps": 0.1},
     "betas": (0.5, 0.98),
     "weight_decay": 0.7,
     "schedule": "constant",

@@ -132,5 +132,5 @@ def test_without_a_tokenizer_ids_are_shown() -> None:
     from memorizing_transformers.training.callbacks import RetrievalSamples
 
     samples = RetrievalSamples()
-    samples._trainer = SimpleNamespace()
+    samples.trainer = SimpleNamespace()
     assert samples._decoder()([3, 4]) == "3 4"

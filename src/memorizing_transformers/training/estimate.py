@@ -19,7 +19,8 @@ from ..model import ModelConfig
 from ..model.local_attention import BLOCK
 
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
-"""Numbers of optimiser state per weight; Adafactor's factors are negligible."""
+"""Numbers of optimiser state per weight; Adafactor's factors are negligible. Of others two are
+assumed."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def estimate(
         rows: rows B over all ranks.
         segment: tokens N of a segment.
         vocab_size: V; None for the config's own.
-        optimizer: adamw or adafactor.
+        optimizer: as in ``OptimizerConfig.name``.
         activation_bytes: bytes of an activation: 4, or 2 under bf16-mixed.
 
     Raises:
@@ -213,7 +214,7 @@ def estimate(
     if indexed is not None:
         index_bytes = rows * groups * memory.size * indexed(width) * memory_layers
     weight_bytes = 4 * parameters
-    optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES[optimizer])
+    optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES.get(optimizer, 2.0))
     on_host = memory.device == "cpu"
     room = memory.search_bytes or (HOST_SCORE_BYTES if on_host else SCORE_BYTES)
     scratch = min(room, 4 * tokens * heads * memory.size) if memory_layers else 0

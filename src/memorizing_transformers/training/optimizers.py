@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -14,16 +15,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import ConfigError
 
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adafactor": torch.optim.Adafactor,
+}
+"""By their short names in ``model.optimizer.name``."""
+
 
 @dataclass
 class OptimizerConfig:
     """Optimiser and schedule.
 
     Args:
-        name: adamw or adafactor.
+        name: adamw, adafactor, or the import path of another optimiser, e.g. torch.optim.NAdam.
         lr: learning rate, reached at the end of the warm-up; with schedule=rsqrt the rate at step s
             is lr / sqrt(max(s, warmup_steps)), as the paper states it (1.0 there).
-        betas: AdamW's two decay rates; adafactor has none, and refuses other ones than these.
+        options: further arguments of the optimiser, e.g. {eps: 1.0e-6}.
+        betas: AdamW's two decay rates; other optimisers take theirs from options.
         weight_decay: decoupled decay (times lr) of every parameter that has two dimensions
             or more: the kernels of linear layers, the embedding, the tables of position biases.
             Norms, gates and scales do not decay.
@@ -33,8 +41,9 @@ class OptimizerConfig:
         final_lr_share: share of lr that cosine ends at.
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: str = "adamw"
     lr: float = 1e-3
+    options: dict[str, Any] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
     schedule: Literal["constant", "cosine", "rsqrt"] = "cosine"
@@ -56,13 +65,44 @@ class OptimizerConfig:
             raise ConfigError(prefix + "warmup_steps", self.warmup_steps, "must be at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(prefix + "betas", self.betas, "each must lie in [0, 1)")
-        if self.name == "adafactor" and tuple(self.betas) != OptimizerConfig.betas:
-            remedy = "adafactor has none; leave it out, or set model.optimizer.name=adamw"
+        if self.name != "adamw" and tuple(self.betas) != OptimizerConfig.betas:
+            remedy = f"are AdamW's; leave them out, or set {prefix}name=adamw"
             raise ConfigError(prefix + "betas", self.betas, remedy)
         if not 0 <= self.final_lr_share <= 1:
             raise ConfigError(prefix + "final_lr_share", self.final_lr_share, "must lie in [0, 1]")
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
+        kind = self.kind()
+        try:
+            self.build([{"params": [nn.Parameter(torch.zeros(n, n))]} for n in (1, 2)])
+        except (TypeError, ValueError, RuntimeError) as error:
+            remedy = f"do not fit {kind.__name__} ({error})"
+            raise ConfigError(prefix + "options", self.options, remedy) from error
+
+    def kind(self) -> type[Optimizer]:
+        """The class of the optimiser.
+
+        Raises:
+            ConfigError: where there is none of that name.
+        """
+        if self.name in OPTIMIZERS:
+            return OPTIMIZERS[self.name]
+        module, _, name = self.name.rpartition(".")
+        try:
+            found = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError):
+            found = None
+        if not (isinstance(found, type) and issubclass(found, Optimizer)):
+            known = ", ".join(OPTIMIZERS)
+            remedy = f"must be {known}, or the import path of an optimiser, e.g. torch.optim.NAdam"
+            raise ConfigError("model.optimizer.name", self.name, remedy)
+        return found
+
+    def build(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimiser over groups of parameters."""
+        betas = {"betas": self.betas} if self.name == "adamw" else {}
+        make: Callable[..., Optimizer] = self.kind()
+        return make(groups, lr=self.lr, **{**betas, **self.options})
 
 
 def parameter_groups(
@@ -91,9 +131,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         {**group, "params": [parameter for _, parameter in group["params"]]}
         for group in parameter_groups(trainable, config)
     ]
-    if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return config.build(groups)
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

@@ -61,24 +61,24 @@ class Observer(Callback):
         self.every_n_steps = every_n_steps
         self._step = -1
         """The last step that was observed."""
-        self._trainer: Any = None
-        self._module: Any = None
+        self.trainer: Any = None
+        self.module: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to observe."""
-        self._trainer, self._module, self._step = trainer, pl_module, -1
+        self.trainer, self.module, self._step = trainer, pl_module, -1
         wanted = self.every_n_steps > 0 and trainer.loggers
-        if wanted and self._look not in self._module.readers:
-            self._module.readers.append(self._look)
+        if wanted and self._look not in self.module.readers:
+            self.module.readers.append(self._look)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop observing."""
-        if self._look in self._module.readers:
-            self._module.readers.remove(self._look)
+        if self._look in self.module.readers:
+            self.module.readers.remove(self._look)
 
     @torch.no_grad()
     def _look(self, batch: Batch, bank: MemoryBank, output: ModelOutput) -> None:
-        step = self._module.global_step
+        step = self.module.global_step
         # With gradient accumulation a step has several batches; its first one is observed.
         if step % self.every_n_steps or step == self._step:
             return

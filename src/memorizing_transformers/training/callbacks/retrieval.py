@@ -76,8 +76,8 @@ class RetrievalLogging(Observer):
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Log the scalars of this step."""
-        config, scalars = self._module.config, {}
-        readers = self._module.net.readers()
+        config, scalars = self.module.config, {}
+        readers = self.module.net.readers()
         for layer, retrieval in output.retrievals.items():
             memory, name = bank.memories[layer], f"layer{layer}"
             scalars[f"memory/fill/{name}"] = (memory.fill / memory.size).mean().item()
@@ -94,11 +94,11 @@ class RetrievalLogging(Observer):
                 recall = retrieval_recall(memory, retrieval, config.kv_heads)
                 scalars[f"memory/recall/{name}"] = recall
         if output.retrievals:
-            for layer, gates in learned_gates(self._module.net).items():
+            for layer, gates in learned_gates(self.module.net).items():
                 for head, gate in enumerate(gates.tolist()):
                     scalars[f"memory/gate/layer{layer}_head{head}"] = gate
         if scalars:
-            log_scalars(self._trainer, scalars, step)
+            log_scalars(self.trainer, scalars, step)
 
 
 class RetrievalHistograms(Observer):
@@ -114,8 +114,8 @@ class RetrievalHistograms(Observer):
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Draw this step's histograms."""
-        gates = learned_gates(self._module.net)
-        writers = tensorboards(self._trainer)
+        gates = learned_gates(self.module.net)
+        writers = tensorboards(self.trainer)
         if writers:
             self._harmless(lambda: self._draw(writers, gates, bank, output, step))
 

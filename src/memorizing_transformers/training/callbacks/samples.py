@@ -106,12 +106,12 @@ class RetrievalSamples(Observer):
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Write this step's samples."""
-        writers = tensorboards(self._trainer)
+        writers = tensorboards(self.trainer)
         if writers:
             self._harmless(lambda: self._write(writers, batch, bank, output, step))
 
     def _decoder(self) -> Decode:
-        datamodule = getattr(self._trainer, "datamodule", None)
+        datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "text_tokenizer", None)
         if tokenizer is None:
             return lambda ids: " ".join(map(str, ids))

@@ -88,10 +88,10 @@ class StalenessLogging(Observer):
             for key, value in drift.items():
                 scalars[f"staleness/{key}/{name}"] = value
         if scalars:
-            log_scalars(self._trainer, scalars, step)
+            log_scalars(self.trainer, scalars, step)
 
     def _drift(self, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
-        net = self._module.net
+        net = self.module.net
         if is_sharded(net):  # the ranks' memories differ, and they would not meet in its forward
             return {}
         modes = [(module, module.training) for module in net.modules()]

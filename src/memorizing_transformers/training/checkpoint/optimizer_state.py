@@ -13,7 +13,13 @@ from torch import nn
 from ...errors import ConfigError, UserError
 from ...model import Transformer
 from ...model.renamed import current_name
-from ..optimizers import OptimizerConfig, end_of_schedule, lr_factor, parameter_groups
+from ..optimizers import (
+    OptimizerConfig,
+    end_of_schedule,
+    lr_factor,
+    make_optimizer,
+    parameter_groups,
+)
 
 SETTINGS_KEY = "optimizer_settings"
 """Where a checkpoint keeps the fields of ``OptimizerConfig``."""
@@ -119,15 +125,14 @@ def take_over(
     factor = lr_factor(config, end_of_schedule(config, max_steps))
     rate = config.lr * factor(schedule["last_epoch"])
     settings: dict[str, Any] = {"lr": rate, "initial_lr": config.lr}
-    if config.name == "adamw":
-        settings["betas"] = config.betas
+    defaults = make_optimizer(net, config).param_groups
     values: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
     number = count(0)
-    for saved, group in zip(state["param_groups"], live, strict=True):
-        options = {key: value for key, value in group.items() if key != "params"}
+    for saved, group, own in zip(state["param_groups"], live, defaults, strict=True):
+        options = {key: value for key, value in own.items() if key != "params"}
         members = [next(number) for _ in group["params"]]
-        groups.append({**saved, **settings, **options, "params": members})
+        groups.append({**saved, **options, **settings, "params": members})
         for member, (name, _) in zip(members, group["params"], strict=True):
             if name in known:
                 values[member] = known[name]
