@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_transformers.memory import Memory, Neighbours
+from memorizing_transformers.memory import Memory, MemoryView, Neighbours
 from memorizing_transformers.memory.search import bucketed, policy
 from memorizing_transformers.memory.search.bucketed import BucketedSearch
 from memorizing_transformers.memory.search.policy import Kernel, KernelChoice, KernelFailed
@@ -120,6 +120,23 @@ def test_some_rows_are_as_in_all(fused: ModuleType, rows: slice) -> None:
         strict=True,
     ):
         assert torch.equal(part, whole[rows])
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_a_row_of_a_view_is_as_its_owner(
+    fused: ModuleType, dtype: torch.dtype, rows: slice
+) -> None:
+    memory = filled(70, [70, 30, 50], 2, 16, dtype, fused.DEVICE)
+    owners = [2, 0, 2, 1]
+    queries = torch.randn(4, 2, 5, 16, device=fused.DEVICE)
+    seen = fused.bucket_maxima(queries, MemoryView(memory, owners), 33, rows)
+    for place, row in enumerate(range(4)[rows]):
+        asked = torch.zeros(3, 2, 5, 16, device=fused.DEVICE)
+        asked[owners[row]] = queries[row]
+        own = fused.bucket_maxima(asked, memory, 33)
+        for ours, theirs in zip(seen, own, strict=True):
+            assert torch.equal(ours[place], theirs[owners[row]])
 
 
 @pytest.mark.parametrize("score_bytes", [None, 1], ids=["at once", "row by row"])

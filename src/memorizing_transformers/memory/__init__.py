@@ -3,13 +3,14 @@
 Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 """
 
-from .attend import MemoryAttention, attend
+from .attend import MemoryAttention, attend, merge
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
 from .refresh import drop_drifted, refresh
 from .ring import Memory
 from .search import SEARCHES, Neighbours, Search, make_search
 from .storage import STORAGE_DTYPES
+from .view import MemoryView, Readable
 
 __all__ = [
     "SEARCHES",
@@ -17,13 +18,16 @@ __all__ = [
     "Memory",
     "MemoryAttention",
     "MemoryBank",
+    "MemoryView",
     "Neighbours",
     "Pairs",
+    "Readable",
     "Search",
     "SegmentPairs",
     "XLCache",
     "attend",
     "drop_drifted",
     "make_search",
+    "merge",
     "refresh",
 ]

@@ -8,14 +8,15 @@ and gate), never the stored pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .gathered import Rows, dots, weighted_sum
-from .ring import Memory
+from .gathered import dots, keys_of, values_of, weighted_sum
 from .search import Neighbours
+from .view import Readable
 
 
 class MemoryAttention(NamedTuple):
@@ -32,7 +33,7 @@ class MemoryAttention(NamedTuple):
 
 
 def attend(
-    queries: Tensor, memory: Memory, neighbours: Neighbours, bias: Tensor | None = None
+    queries: Tensor, memory: Readable, neighbours: Neighbours, bias: Tensor | None = None
 ) -> MemoryAttention:
     """Softmax attention of live queries over their neighbours, in fp32.
 
@@ -50,7 +51,7 @@ def attend(
     differentiated = torch.is_grad_enabled() and live
     reading = memory.reading() if differentiated else None
     with torch.autocast(queries.device.type, enabled=False):
-        keys = Rows(memory.keys, slots, counted, memory.key_scales, reading)
+        keys = keys_of(memory, slots, counted, reading)
         scores = dots(queries.float(), keys)
         if bias is not None:
             scores = scores + bias
@@ -58,6 +59,32 @@ def attend(
         scores = scores.masked_fill(~valid & found[..., None], -torch.inf)
         log_mass = scores.logsumexp(-1)
         weights = (scores - log_mass[..., None]).exp()
-        values = Rows(memory.values, slots, counted, memory.value_scales, reading)
+        values = values_of(memory, slots, counted, reading)
         output = weighted_sum(weights, values)
     return MemoryAttention(output, log_mass, weights, found)
+
+
+def merge(parts: Sequence[MemoryAttention]) -> MemoryAttention:
+    """Attention over several memories as over one: one softmax over all that was found in them.
+
+    Each part counts by its share of the summed exponentials. The neighbours of the parts follow one
+    another.
+
+    Args:
+        parts: of the same queries, each over another memory.
+    """
+    found = torch.stack([part.found for part in parts])
+    any_found = found.any(0)
+    masses = torch.stack([part.log_mass for part in parts]).masked_fill(~found, -torch.inf)
+    # Nothing but minus infinity would make the gradient no number.
+    masses = masses.masked_fill(~any_found, 0.0)
+    total = masses.logsumexp(0)
+    shares = (masses - total).exp()
+    outputs = [
+        share[..., None] * part.output.masked_fill(~part.found[..., None], 0.0)
+        for share, part in zip(shares, parts, strict=True)
+    ]
+    weights = [share[..., None] * part.weights for share, part in zip(shares, parts, strict=True)]
+    return MemoryAttention(
+        torch.stack(outputs).sum(0), total, torch.cat(weights, dim=-1), any_found
+    )

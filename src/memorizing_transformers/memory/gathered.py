@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .snapshot import Reading
+from .view import Readable
 
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 """Gathered rows that live at once: on a CPU what stays in its cache."""
@@ -27,7 +28,7 @@ class Rows(NamedTuple):
     store: Tensor
     """(B, G, M, D) in its storage dtype."""
     slots: Tensor
-    """(B, G, Q, K) int64, each in [0, M)."""
+    """(B', G, Q, K) int64, each in [0, M)."""
     valid: Tensor | None
     """(B, G, Q, K) bool, or None where every slot counts. The others count as zeros, even if the
     store holds NaN there."""
@@ -35,6 +36,8 @@ class Rows(NamedTuple):
     """(B, G, M) factor of each stored row, or None."""
     reading: Reading | None = None
     """Knows what the store held, for a backward pass that comes after later writes."""
+    owners: Tensor | None = None
+    """(B',) by row of ``slots``, the row of the store; None where they are the same."""
 
     def select(self, index: Tensor) -> Tensor:
         """Rows (n, D) in fp32 at flat indices (n,), as they were when ``reading`` was taken."""
@@ -49,10 +52,26 @@ class Rows(NamedTuple):
         return self.reading.select(store, index)
 
 
+def keys_of(
+    memory: Readable, slots: Tensor, valid: Tensor | None, reading: Reading | None = None
+) -> Rows:
+    """The keys at ``slots`` (B', G, Q, K) of a memory."""
+    return Rows(memory.keys, slots, valid, memory.key_scales, reading, memory.owners)
+
+
+def values_of(
+    memory: Readable, slots: Tensor, valid: Tensor | None, reading: Reading | None = None
+) -> Rows:
+    """The values at ``slots`` (B', G, Q, K) of a memory."""
+    return Rows(memory.values, slots, valid, memory.value_scales, reading, memory.owners)
+
+
 def _flat(rows: Rows) -> Tensor:
-    """The slots as indices (B * G * Q, K) into the store's first three dimensions."""
+    """The slots as indices (B' * G * Q, K) into the store's first three dimensions."""
     batch, groups, size, _ = rows.store.shape
     head = torch.arange(batch * groups, device=rows.slots.device).view(batch, groups, 1, 1)
+    if rows.owners is not None:
+        head = head[rows.owners]
     return (rows.slots + head * size).reshape(-1, rows.slots.shape[-1])
 
 
@@ -81,7 +100,8 @@ def _dots(x: Tensor, rows: Rows) -> Tensor:
 
 
 def _weighted_sum(weights: Tensor, rows: Rows) -> Tensor:
-    batch, groups, _, width = rows.store.shape
+    batch, groups, _, _ = rows.slots.shape
+    width = rows.store.shape[-1]
     flat = weights.reshape(-1, weights.shape[-1])
     plain = rows.valid is None and rows.scales is None
     if plain and rows.store.dtype == torch.float32 and weights.device.type == "cpu":

@@ -97,6 +97,19 @@ class Memory:
         scales = None if self.key_scales is None else self.key_scales[index]
         return restore(self.keys[index], scales, dtype)
 
+    owners: None = None
+    """Every row reads its own; ``MemoryView`` maps rows otherwise."""
+
+    @property
+    def base(self) -> Memory:
+        """The memory that is read: this one."""
+        return self
+
+    @staticmethod
+    def owner(row: int) -> int:
+        """The row of the memory that a reading row reads: its own."""
+        return row
+
     @property
     def device(self) -> torch.device:
         """Where the pairs live."""

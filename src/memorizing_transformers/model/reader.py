@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..memory import Memory, MemoryAttention, Search, attend
+from ..memory import MemoryAttention, Readable, Search, attend
 from .bias import MemoryBias
 from .config import MemoryConfig
 from .gates import GATES
@@ -67,7 +67,7 @@ class MemoryReader(nn.Module):
                 config.position_bias, num_heads, config.bias_buckets, config.bias_max_distance
             )
 
-    def retrieve(self, queries: Tensor, memory: Memory) -> tuple[MemoryAttention, Tensor, Tensor]:
+    def retrieve(self, queries: Tensor, memory: Readable) -> tuple[MemoryAttention, Tensor, Tensor]:
         """Search with detached queries, attend with live ones.
 
         Args:
@@ -102,7 +102,7 @@ class MemoryReader(nn.Module):
         local: Tensor,
         local_mass: Tensor | None,
         hidden: Tensor,
-        memory: Memory,
+        memory: Readable,
     ) -> tuple[Tensor, Retrieval]:
         """Read the memory; changes nothing in it.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..ring import Memory
+from ..view import Readable
 from .kernels.int8_scan import has_fast_int8
 from .policy import QUANTIZED_SLOTS, ROUGH_SLOTS
 from .protocol import Neighbours, Search
@@ -61,7 +61,7 @@ class AutoSearch:
         self.choice: Choice | None = None
         self._search: Search | None = None
 
-    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         if self._search is None:
             batch, groups, size, _ = memory.keys.shape
             self.choice = choose_search(memory.keys.device.type, size, batch, groups)

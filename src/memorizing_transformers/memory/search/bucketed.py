@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..gathered import Rows, dots
-from ..ring import Memory
+from ..gathered import dots, keys_of
+from ..view import Readable
 from .kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
 from .kernels.cpu_scan import apart
 from .kernels.score_blocks import SCORE_BYTES
@@ -57,7 +57,7 @@ class BucketedSearch:
         """Kernels that failed on this machine."""
 
     @torch.no_grad()
-    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         buckets = apart(max(top_k, num_buckets_for(top_k, self.recall_target)))
         choice = choose_kernel(queries, memory, top_k, buckets, self.recall_target)
         if choice.name in self._broken:
@@ -77,12 +77,12 @@ class BucketedSearch:
         return rescored(queries, memory, found, top_k) if kernel.rough else found
 
 
-def rescored(queries: Tensor, memory: Memory, found: Neighbours, top_k: int) -> Neighbours:
+def rescored(queries: Tensor, memory: Readable, found: Neighbours, top_k: int) -> Neighbours:
     """The ``top_k`` best of candidates found by rough scores, by scores in fp32, best first."""
     slots, valid = found
     # Asking costs a wait on a GPU.
     counted = valid if queries.is_cuda or not valid.all() else None
     safe = slots if counted is None else slots.masked_fill(~valid, 0)
-    scores = dots(queries.float(), Rows(memory.keys, safe, counted, memory.key_scales))
+    scores = dots(queries.float(), keys_of(memory, safe, counted))
     order = scores.masked_fill_(~valid, -torch.inf).topk(top_k, dim=-1).indices
     return Neighbours(slots.gather(-1, order), valid.gather(-1, order))

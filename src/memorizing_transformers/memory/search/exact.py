@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ring import Memory
+from ..view import Readable
 from .kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
 from .kernels.cpu_scan import HostScan
 from .kernels.score_blocks import SCORE_BYTES, score_blocks
@@ -28,13 +28,13 @@ class ExactSearch:
         self.score_bytes = score_bytes
 
     @torch.no_grad()
-    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         if queries.device.type == "cpu":
             room = self.score_bytes or HOST_SCORE_BYTES
             return HostScan(None, torch.float32, room)(queries, memory, top_k)
         return self._on_device(queries, memory, top_k)
 
-    def _on_device(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    def _on_device(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         """Block by block, the best so far merged with each block's best."""
         batch, groups, count, _ = queries.shape
         shape = (batch, groups, count, top_k)

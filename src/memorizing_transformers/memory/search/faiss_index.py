@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ring import Memory
+from ..view import Readable
 from .protocol import Neighbours
 
 # Its type stubs know the C++ names only.
@@ -51,7 +52,7 @@ class SubIndex:
 class Head(NamedTuple):
     """The keys of one row and head; pair ``i`` since the row's reset lies in slot ``i % M``."""
 
-    memory: Memory
+    memory: Readable
     row: int
     head: int
 
@@ -96,15 +97,16 @@ class FaissSearch:
         self._queues: WeakKeyDictionary[Memory, list[list[Queue]]] = WeakKeyDictionary()
 
     @torch.no_grad()
-    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         batch, groups, count, _ = queries.shape
         shape = (batch, groups, count, top_k)
         slots, valid = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
         asked = np.ascontiguousarray(queries.float().cpu().numpy())
-        queues = self._queues.get(memory)
+        base = memory.base
+        queues = self._queues.get(base)
         if queues is None:
-            queues = [[Queue() for _ in range(groups)] for _ in range(batch)]
-            self._queues[memory] = queues
+            queues = [[Queue() for _ in range(groups)] for _ in range(base.keys.shape[0])]
+            self._queues[base] = queues
         state = (memory.written - memory.origin, memory.fill, memory.document)
         for row, (used, fill, document) in enumerate(
             zip(*(x.tolist() for x in state), strict=True)
@@ -112,7 +114,7 @@ class FaissSearch:
             for head in range(groups):
                 if not fill:
                     continue
-                queue = queues[row][head]
+                queue = queues[memory.owner(row)][head]
                 if queue.document != document:
                     queue.sealed.clear()
                     queue.document, queue.asked = document, None

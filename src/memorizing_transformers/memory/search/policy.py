@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ring import Memory
+from ..view import Readable
 from .kernels.cpu_scan import HostScan
 from .kernels.int8_scan import has_fast_int8, quantized_search
 from .kernels.top_k import members_for
@@ -42,31 +42,31 @@ class KernelFailed(Exception):
 class Kernel(NamedTuple):
     """One way to find candidates."""
 
-    run: Callable[[Tensor, Memory, int, int, int], Neighbours]
+    run: Callable[[Tensor, Readable, int, int, int], Neighbours]
     """Takes queries (B, G, Q, D), the memory, the number of candidates, the number of buckets and
     the bytes of scores that may live at once; returns the candidates."""
     rough: bool = False
     """Whether its scores are rounded, so that the candidates must be scored again in fp32."""
 
 
-def _exact(q: Tensor, memory: Memory, count: int, buckets: int, room: int) -> Neighbours:
+def _exact(q: Tensor, memory: Readable, count: int, buckets: int, room: int) -> Neighbours:
     return HostScan(None, torch.float32, room)(q, memory, count)
 
 
-def _float32(q: Tensor, memory: Memory, count: int, buckets: int, room: int) -> Neighbours:
+def _float32(q: Tensor, memory: Readable, count: int, buckets: int, room: int) -> Neighbours:
     return HostScan(buckets, torch.float32, room)(q, memory, count)
 
 
-def _bfloat16(q: Tensor, memory: Memory, count: int, buckets: int, room: int) -> Neighbours:
+def _bfloat16(q: Tensor, memory: Readable, count: int, buckets: int, room: int) -> Neighbours:
     return HostScan(buckets, torch.bfloat16, room)(q, memory, count)
 
 
-def _int8(q: Tensor, memory: Memory, count: int, buckets: int, room: int) -> Neighbours:
+def _int8(q: Tensor, memory: Readable, count: int, buckets: int, room: int) -> Neighbours:
     # It has buckets of its own and scores their members again itself, head by head.
     return quantized_search(q, memory, count, room)
 
 
-def _triton(q: Tensor, memory: Memory, count: int, buckets: int, room: int) -> Neighbours:
+def _triton(q: Tensor, memory: Readable, count: int, buckets: int, room: int) -> Neighbours:
     from triton import TritonError
 
     from .kernels.triton_buckets import triton_buckets
@@ -110,7 +110,7 @@ def has_fused_kernel() -> bool:
 
 
 def choose_kernel(
-    queries: Tensor, memory: Memory, top_k: int, num_buckets: int, recall_target: float
+    queries: Tensor, memory: Readable, top_k: int, num_buckets: int, recall_target: float
 ) -> KernelChoice:
     """The kernel that suits a search.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..ring import Memory
+from ..view import Readable
 
 
 class Neighbours(NamedTuple):
@@ -26,7 +26,7 @@ class Neighbours(NamedTuple):
 class Search(Protocol):
     """Reads a memory, changes nothing, takes detached queries."""
 
-    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         """Find ``top_k`` neighbours of queries (B, G, Q, D) in their own row and head."""
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gathered import Rows, dots
-from ..ring import Memory
+from ..gathered import dots, keys_of
+from ..view import Readable
 from .exact import ExactSearch
 from .protocol import Search
 
 
 @torch.no_grad()
 def measured_recall(
-    search: Search, queries: Tensor, memory: Memory, top_k: int, sample: int = 64
+    search: Search, queries: Tensor, memory: Readable, top_k: int, sample: int = 64
 ) -> float:
     """Share of the true neighbours that ``search`` finds, over a sample of queries.
 
@@ -37,7 +37,7 @@ def measured_recall(
     scores = []
     for slots, valid in (truth, found):
         safe = slots.masked_fill(~valid, 0)
-        score = dots(asked.float(), Rows(memory.keys, safe, valid, memory.key_scales))
+        score = dots(asked.float(), keys_of(memory, safe, valid))
         scores.append(score.masked_fill(~valid, -torch.inf))
     wanted = truth.valid.sum(-1)
     least = scores[0].masked_fill(~truth.valid, torch.inf).amin(-1, keepdim=True)

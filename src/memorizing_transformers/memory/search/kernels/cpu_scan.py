@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ring import Memory
+from ...view import Readable
 from ..protocol import Neighbours
 from .top_k import MOST_MEMBERS, among, largest, members_for
 
@@ -63,7 +63,7 @@ class HostScan:
     dtype: torch.dtype
     score_bytes: int = SCORE_BYTES
 
-    def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
+    def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         """Find ``top_k`` neighbours of queries (B, G, Q, D)."""
         batch, groups, count, _ = queries.shape
         shape = (batch, groups, count, top_k)

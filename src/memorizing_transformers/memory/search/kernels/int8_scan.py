@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...gathered import Rows, dots
-from ...ring import Memory
+from ...view import Readable
 from ..protocol import Neighbours
 from .top_k import largest
 
@@ -170,7 +170,7 @@ class _Head:
         return slots.gather(1, largest(scores, self.top_k)[1])
 
 
-def quantized_search(queries: Tensor, memory: Memory, top_k: int, score_bytes: int) -> Neighbours:
+def quantized_search(queries: Tensor, memory: Readable, top_k: int, score_bytes: int) -> Neighbours:
     """Find ``top_k`` neighbours of queries (B, G, Q, D), nearly all of the true ones.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...ring import Memory
+from ...view import Readable
 
 SCORE_BYTES = 64 * 2**20
 """Scores that may live at once. Small enough to stay near the cache, large enough for the BLAS."""
@@ -18,7 +18,7 @@ SCORE_BYTES = 64 * 2**20
 
 def score_blocks(
     queries: Tensor,
-    memory: Memory,
+    memory: Readable,
     score_bytes: int = SCORE_BYTES,
     multiple: int = 1,
     chosen: slice = slice(None),

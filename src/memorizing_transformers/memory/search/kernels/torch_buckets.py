@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ring import Memory
+from ...view import Readable
 from ..protocol import Neighbours
 from .score_blocks import score_blocks
 
 CANDIDATE_BYTES = 12
 """A bucket's best score and its slot."""
 
-BucketMaxima = Callable[[Tensor, Memory, int, slice, int], tuple[Tensor, Tensor]]
+BucketMaxima = Callable[[Tensor, Readable, int, slice, int], tuple[Tensor, Tensor]]
 """Takes queries (B, G, Q, D), the memory, L, the rows (b of them) and the bytes of scores that may
 live at once; returns scores (b, G, Q, L) fp32, minus infinity where a bucket is empty, and slots
 (b, G, Q, L) int64."""
@@ -33,7 +33,7 @@ def row_groups(queries: Tensor, num_buckets: int, score_bytes: int) -> Iterator[
 
 
 def best_buckets(
-    maxima: BucketMaxima, queries: Tensor, memory: Memory, count: int, buckets: int, room: int
+    maxima: BucketMaxima, queries: Tensor, memory: Readable, count: int, buckets: int, room: int
 ) -> Neighbours:
     """The ``count`` best of the maxima of ``buckets`` buckets, best first, in bounded memory."""
     shape = (*queries.shape[:3], count)
@@ -48,7 +48,7 @@ def best_buckets(
 
 
 def torch_maxima(
-    queries: Tensor, memory: Memory, num_buckets: int, rows: slice, score_bytes: int
+    queries: Tensor, memory: Readable, num_buckets: int, rows: slice, score_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """``BucketMaxima`` from scores in fp32."""
     shape = (*queries[rows].shape[:3], num_buckets)
@@ -69,7 +69,7 @@ def torch_maxima(
 
 
 def torch_buckets(
-    queries: Tensor, memory: Memory, count: int, buckets: int, score_bytes: int
+    queries: Tensor, memory: Readable, count: int, buckets: int, score_bytes: int
 ) -> Neighbours:
     """The ``count`` best of the best slots of ``buckets`` buckets, by scores in fp32."""
     return best_buckets(torch_maxima, queries, memory, count, buckets, score_bytes)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ring import Memory
+from ...view import Readable
 from ..protocol import Neighbours
 from .cpu_scan import apart
 from .torch_buckets import best_buckets
@@ -31,10 +31,11 @@ BLOCK_BUCKETS = 64
 @triton.jit(do_not_specialize=["count", "size", "used", "num_buckets", "groups"])
 def bucket_maxima_kernel(
     queries: tl.tensor,  # (B * G, Q, D) in FACTOR
-    keys: tl.tensor,  # (B * G, M, D) as stored
+    keys: tl.tensor,  # all rows' (rows * G, M, D), as stored
     scales: tl.tensor,  # (B * G, M) fp32, read only if SCALED
     valid: tl.tensor,  # (B, used) int8
     ends: tl.tensor,  # (B,) int32, one past the last valid slot
+    owners: tl.tensor,  # (B,) int64, the row of the keys that a row reads
     best: tl.tensor,  # (B * G, Q, L) fp32, out
     slots: tl.tensor,  # (B * G, Q, L) int64, out
     count: tl.tensor,
@@ -58,13 +59,14 @@ def bucket_maxima_kernel(
     bucket = program // query_blocks % bucket_blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     head = (program // query_blocks // bucket_blocks).to(tl.int64)
     row = head // groups
+    stored = tl.load(owners + row) * groups + head % groups
     column = tl.arange(0, BLOCK_D)
     real_column = column[None, :] < WIDTH
 
     query_at = queries + (head * count + query[:, None]) * WIDTH + column[None, :]
     asked = tl.load(query_at, (query[:, None] < count) & real_column, 0.0)
-    key_at = keys + (head * size + bucket[:, None]) * WIDTH + column[None, :]
-    scale_at = scales + head * size + bucket
+    key_at = keys + (stored * size + bucket[:, None]) * WIDTH + column[None, :]
+    scale_at = scales + stored * size + bucket
     valid_at = valid + row * used + bucket
     top = tl.full([BLOCK_Q, BLOCK_L], -float("inf"), tl.float32)
     turn = tl.full([BLOCK_Q, BLOCK_L], 0, tl.int32)
@@ -91,7 +93,7 @@ def bucket_maxima_kernel(
 
 
 def triton_buckets(
-    queries: Tensor, memory: Memory, count: int, buckets: int, score_bytes: int
+    queries: Tensor, memory: Readable, count: int, buckets: int, score_bytes: int
 ) -> Neighbours:
     """The ``count`` best of the best slots of ``buckets`` buckets, or of more where they are fewer
     than ``count``; by scores of factors in bfloat16."""
@@ -101,7 +103,7 @@ def triton_buckets(
 
 def bucket_maxima(
     queries: Tensor,
-    memory: Memory,
+    memory: Readable,
     num_buckets: int,
     rows: slice = slice(None),
     score_bytes: int = 0,
@@ -117,8 +119,9 @@ def bucket_maxima(
         return best.fill_(-torch.inf), slots.zero_()
     valid = memory.valid(used)[rows]
     number = torch.arange(1, used + 1, dtype=torch.int32, device=queries.device)
-    keys = memory.keys[rows]
-    scales = None if memory.key_scales is None else memory.key_scales[rows]
+    keys, scales, owners = memory.keys, memory.key_scales, memory.owners
+    if owners is None:
+        owners = torch.arange(keys.shape[0], device=keys.device)
     # A CPU means Triton's interpreter, whose products know no bfloat16.
     interpreted = queries.device.type == "cpu"
     # What fits into the registers of eight warps and the shared memory of an A100.
@@ -133,6 +136,7 @@ def bucket_maxima(
             keys if scales is None else scales,
             valid.to(torch.int8),
             (valid * number).amax(1),
+            owners[rows],
             best,
             slots,
             count,
