@@ -9,7 +9,14 @@ import pickle
 import pytest
 import torch
 
-from memorizing_transformers.memory import Memory, MemoryBank, SegmentPairs, XLCache, attend
+from memorizing_transformers.memory import (
+    Memory,
+    MemoryBank,
+    MemoryView,
+    SegmentPairs,
+    XLCache,
+    attend,
+)
 from memorizing_transformers.memory.search.reference import reference_search
 
 ROWS, HEADS, WIDTH = 2, 2, 3
@@ -130,3 +137,17 @@ def test_a_copy_goes_on_by_itself(way: str) -> None:
     bank.commit(segment())
     gradients = [torch.autograd.grad(x.square().sum(), queries)[0] for x in (pending, again)]
     assert torch.equal(*gradients)
+
+
+def test_a_view_in_a_bank_is_read_and_never_written() -> None:
+    owner = make_bank().memories[1]
+    owner.write(*torch.randn(2, ROWS, HEADS, 4, WIDTH))
+    before = {name: tensor.clone() for name, tensor in owner.tensors().items()}
+    bank = make_bank()
+    bank.memories[1] = MemoryView(owner, [1, 0])
+    bank.commit(segment())
+    bank.reset()
+    assert {name.split(".")[0] for name in bank.tensors()} == {"cache"}
+    bank.load(bank.tensors())
+    assert all(torch.equal(before[name], tensor) for name, tensor in owner.tensors().items())
+    assert bank.memories[1].fill.tolist() == [4, 4]

@@ -7,12 +7,13 @@ Forward reads a bank and changes nothing; ``commit`` writes a segment, once, aft
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .cache import XLCache
 from .ring import Memory
+from .view import Readable
 
 Pairs = tuple[Tensor, Tensor]
 """A layer's keys and values of one segment, each (B, G, N, D)."""
@@ -36,18 +37,19 @@ class MemoryBank:
 
     Args:
         batch_size: rows B.
-        memories: by layer index, the memories; layers without one just lack an entry.
+        memories: by layer index, the memories; layers without one just lack an entry. A view is
+            only read: commit, reset, saving and loading leave it alone.
         caches: by layer index, the XL caches.
     """
 
     def __init__(
         self,
         batch_size: int,
-        memories: Mapping[int, Memory] | None = None,
+        memories: Mapping[int, Readable] | None = None,
         caches: Mapping[int, XLCache] | None = None,
     ) -> None:
         self.batch_size = batch_size
-        self.memories = dict(memories or {})
+        self.memories: dict[int, Any] = dict(memories or {})
         self.caches = dict(caches or {})
 
     def commit(
@@ -70,7 +72,7 @@ class MemoryBank:
         """
         for keys, _ in (*pairs.memory.values(), *pairs.cache.values()):
             self._check_rows(keys.shape[0])
-        for layer, memory in self.memories.items():
+        for layer, memory in self._own().items():
             memory.write(*pairs.memory[layer], mask=mask, token_ids=token_ids, step=step)
         for layer, cache in self.caches.items():
             cache.write(*pairs.cache[layer], mask=mask)
@@ -116,8 +118,12 @@ class MemoryBank:
             raise ValueError(f"a bank of {self.batch_size} rows got {rows} rows")
 
     def _stores(self) -> list[Memory | XLCache]:
-        return [*self.memories.values(), *self.caches.values()]
+        return [*self._own().values(), *self.caches.values()]
+
+    def _own(self) -> dict[int, Memory]:
+        """The memories that are the bank's to write."""
+        return {layer: m for layer, m in self.memories.items() if isinstance(m, Memory)}
 
     def _named_stores(self) -> dict[str, Memory | XLCache]:
-        memories = {f"memory.{layer}": store for layer, store in self.memories.items()}
+        memories = {f"memory.{layer}": store for layer, store in self._own().items()}
         return {**memories, **{f"cache.{layer}": store for layer, store in self.caches.items()}}
