@@ -23,7 +23,7 @@ from measure import circumstances
 from memorizing_transformers.training.callbacks import LossByPosition
 from memorizing_transformers.training.cli import MemoryCLI
 from memorizing_transformers.training.tensorboard import RunLogger
-from memorizing_transformers.training.unwanted_messages import hush
+from memorizing_transformers.training.unwanted_messages import drop_unwanted_messages
 
 
 class Clock(Callback):
@@ -97,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    hush()
+    drop_unwanted_messages()
     print(circumstances())
     off, on = [], []
     for number in range(args.rounds):

@@ -29,7 +29,7 @@ from torch import Tensor
 from memorizing_transformers.memory import STORAGE_DTYPES, Memory, Neighbours, Search, make_search
 from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for, rescored
 from memorizing_transformers.memory.search.exact import ExactSearch
-from memorizing_transformers.memory.search.kernels.cpu_scan import apart
+from memorizing_transformers.memory.search.kernels.cpu_scan import odd_stride
 from memorizing_transformers.memory.search.kernels.score_blocks import SCORE_BYTES
 from memorizing_transformers.memory.search.policy import KERNELS, SPARE
 
@@ -77,7 +77,7 @@ def on_device(
     target: float, fused: bool, queries: Tensor, memory: Memory, top_k: int
 ) -> Neighbours:
     """The bucketed search as it runs on a GPU, by the Triton kernel or without it."""
-    buckets = apart(max(top_k, num_buckets_for(top_k, target)))
+    buckets = odd_stride(max(top_k, num_buckets_for(top_k, target)))
     spare = top_k // SPARE if fused else 0
     kernel = KERNELS["triton" if fused else "torch"]
     found = kernel.run(queries, memory, top_k + spare, buckets, SCORE_BYTES)

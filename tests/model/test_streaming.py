@@ -1,4 +1,4 @@
-"""Reading in segments equals reading at once, where the state holds all that was read."""
+"""Snapshot in segments equals reading at once, where the state holds all that was read."""
 
 from __future__ import annotations
 

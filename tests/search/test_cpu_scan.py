@@ -93,7 +93,7 @@ def test_keys_that_recur_with_the_segments_do_not_collide(
     if host_path:
         found = search(queries, memory, top_k)
     else:
-        found = torch_buckets(queries, memory, top_k, host.apart(768), 2**26)
+        found = torch_buckets(queries, memory, top_k, host.odd_stride(768), 2**26)
     expected = reference_search(queries, memory, top_k)
     hit = (found.slots[..., None, :] == expected.slots[..., None]).any(-1)
     assert hit.float().mean() >= target

@@ -178,13 +178,13 @@ def test_a_reset_costs_nothing_that_grows(
         search(queries, memory, TOP_K)
     assert (len(built.living) > 3 * HEADS) == (kind != "flat")
     read: list[int] = []
-    keys = indexes.Head.keys
+    keys = indexes.RingHead.keys
 
-    def counted(head: indexes.Head, first: int, last: int) -> Any:
+    def counted(head: indexes.RingHead, first: int, last: int) -> Any:
         read.append(last - first)
         return keys(head, first, last)
 
-    monkeypatch.setattr(indexes.Head, "keys", counted)
+    monkeypatch.setattr(indexes.RingHead, "keys", counted)
     memory.reset()
     write(memory, 3)
     search(queries, memory, TOP_K)

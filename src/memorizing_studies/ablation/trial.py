@@ -29,7 +29,7 @@ from memorizing_transformers.messages import one_line
 from memorizing_transformers.training.callbacks import Throughput
 from memorizing_transformers.training.cli import MemoryCLI
 from memorizing_transformers.training.run_folders import resolve_checkpoint
-from memorizing_transformers.training.unwanted_messages import hush
+from memorizing_transformers.training.unwanted_messages import drop_unwanted_messages
 
 from .evaluation import Evaluation
 from .json_files import read_json, write_json
@@ -209,7 +209,7 @@ def run_trial(trial: Trial) -> None:
     Raises:
         KeyboardInterrupt: where it was stopped; it can go on.
     """
-    hush()
+    drop_unwanted_messages()
     (trial.path / "failed.json").unlink(missing_ok=True)
     try:
         with FileLock(trial.path / ".lock", timeout=LOCK_SECONDS):

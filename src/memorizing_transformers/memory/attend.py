@@ -49,7 +49,7 @@ def attend(
     counted = valid if queries.is_cuda or not valid.all() else None
     live = queries.requires_grad or (bias is not None and bias.requires_grad)
     differentiated = torch.is_grad_enabled() and live
-    reading = memory.reading() if differentiated else None
+    reading = memory.snapshot() if differentiated else None
     with torch.autocast(queries.device.type, enabled=False):
         keys = keys_of(memory, slots, counted, reading)
         scores = dots(queries.float(), keys)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .snapshot import Reading
+from .snapshot import Snapshot
 from .view import Readable
 
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     store holds NaN there."""
     scales: Tensor | None = None
     """(B, G, M) factor of each stored row, or None."""
-    reading: Reading | None = None
+    reading: Snapshot | None = None
     """Knows what the store held, for a backward pass that comes after later writes."""
     owners: Tensor | None = None
     """(B',) by row of ``slots``, the row of the store; None where they are the same."""
@@ -53,14 +53,14 @@ class Rows(NamedTuple):
 
 
 def keys_of(
-    memory: Readable, slots: Tensor, valid: Tensor | None, reading: Reading | None = None
+    memory: Readable, slots: Tensor, valid: Tensor | None, reading: Snapshot | None = None
 ) -> Rows:
     """The keys at ``slots`` (B', G, Q, K) of a memory."""
     return Rows(memory.keys, slots, valid, memory.key_scales, reading, memory.owners)
 
 
 def values_of(
-    memory: Readable, slots: Tensor, valid: Tensor | None, reading: Reading | None = None
+    memory: Readable, slots: Tensor, valid: Tensor | None, reading: Snapshot | None = None
 ) -> Rows:
     """The values at ``slots`` (B', G, Q, K) of a memory."""
     return Rows(memory.values, slots, valid, memory.value_scales, reading, memory.owners)

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from .snapshot import Reading
+from .snapshot import Snapshot
 from .storage import SCALES, converted, quantize, restore
 
 
@@ -70,22 +70,22 @@ class Memory:
         """(B,) changes whenever a row does not continue what it held, for an index built beside the
         ring; not part of what defines the memory."""
         self._most_written = 0
-        self._readings: WeakSet[Reading] = WeakSet()
+        self._snapshots: WeakSet[Snapshot] = WeakSet()
 
-    def reading(self) -> Reading:
+    def snapshot(self) -> Snapshot:
         """The pairs as of now, for a backward pass that may come after later writes."""
         stores = [getattr(self, name) for name in (*SCALES, *SCALES.values())]
-        reading = Reading([store for store in stores if store is not None])
-        self._readings.add(reading)
+        reading = Snapshot([store for store in stores if store is not None])
+        self._snapshots.add(reading)
         return reading
 
     def __getstate__(self) -> dict[str, Any]:
         # Backward passes that may still come are this process's own, and so are weak references.
-        return {**self.__dict__, "_readings": None}
+        return {**self.__dict__, "_snapshots": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._readings = WeakSet()
+        self._snapshots = WeakSet()
 
     def keys_at(self, index: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """Keys in a floating dtype, restored if stored as int8; perhaps a view, so not to change.
@@ -192,7 +192,7 @@ class Memory:
         rows, tokens = kept.nonzero(as_tuple=True)
         positions = position[rows, tokens]
         slots = (positions - self.origin[rows]) % self.size
-        for reading in self._readings:
+        for reading in self._snapshots:
             reading.keep(rows, slots)
         for name, new in (("keys", keys), ("values", values)):
             new = new.detach().to(device)[rows, :, tokens]
@@ -271,7 +271,7 @@ class Memory:
         A smaller memory keeps the newest pairs.
         """
         everywhere = torch.ones_like(self.token_ids, dtype=torch.bool).nonzero(as_tuple=True)
-        for reading in self._readings:
+        for reading in self._snapshots:
             reading.keep(*everywhere)
         self.document += 1
         given = {name: tensor.to(self.written.device) for name, tensor in tensors.items()}

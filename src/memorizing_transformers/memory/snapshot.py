@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-class Reading:
+class Snapshot:
     """The pairs of a memory as of now.
 
     Args:

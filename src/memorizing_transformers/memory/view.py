@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .ring import Memory
-from .snapshot import Reading
+from .snapshot import Snapshot
 
 
 class MemoryView:
@@ -58,9 +58,9 @@ class MemoryView:
         """The row of the memory that a reading row reads."""
         return self.rows[row]
 
-    def reading(self) -> Reading:
+    def snapshot(self) -> Snapshot:
         """The pairs as of now, for a backward pass that may come after later writes."""
-        return self.memory.reading()
+        return self.memory.snapshot()
 
     def keys_at(self, index: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """Keys in a floating dtype, as ``Memory.keys_at`` gives them.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..memory import Memory, Pairs, Search, XLCache
 from .bias import LocalBias
-from .compiled import dense
+from .compiled import compilable
 from .config import ModelConfig
 from .local_attention import local_attention
 from .reader import MemoryReader, Retrieval
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.scale = nn.Parameter(torch.full((self.num_heads,), config.qk_scale_init))
 
-    @dense
+    @compilable
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, D), scaled, and keys and values (B, G, N, D) of hidden states x."""
         q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             return output, mass if mass is None else mass + far[:, None]
         return self.fused(q, k, v, seen), None
 
-    @dense
+    @compilable
     def fused(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """What ``local_attention`` does, by the device's own kernel.
 

@@ -27,7 +27,7 @@ def _compiled(
     return compiled
 
 
-def dense(method: Method) -> Method:
+def compilable(method: Method) -> Method:
     """A module's method, compiled where the module's ``compile_dense`` is True."""
 
     @wraps(method)

@@ -216,7 +216,7 @@ class ModelConfig:
         return self.d_ff or 4 * self.d_model
 
     @property
-    def three_quarters(self) -> int:
+    def default_memory_layer(self) -> int:
         """The layer three quarters of the way up, the paper's ninth of twelve, counted from 0."""
         return math.ceil(0.75 * self.num_layers) - 1
 
@@ -224,7 +224,7 @@ class ModelConfig:
     def memory_layers(self) -> tuple[int, ...]:
         """The layers that reach the memory, ascending, counted from 0."""
         if self.memory.layers is None:
-            return (self.three_quarters,)
+            return (self.default_memory_layer,)
         return tuple(sorted({layer % self.num_layers for layer in self.memory.layers}))
 
     def architecture(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError
 from ..memory import STORAGE_DTYPES, Memory, MemoryBank, Pairs, SegmentPairs, XLCache, make_search
 from .attention import Attention, MemoryLayerAttention
-from .compiled import dense
+from .compiled import compilable
 from .config import ModelConfig
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
@@ -83,7 +83,7 @@ class Layer(nn.Module):
         fed = checkpoint(self.feed, x, use_reentrant=False) if recompute else self.feed(x)
         return x + self.dropout(fed), pairs, retrieval
 
-    @dense
+    @compilable
     def feed(self, x: Tensor) -> Tensor:
         """The feed-forward part on hidden states x (B, N, d_model)."""
         fed: Tensor = self.feed_forward(x)
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
                 continue
             with torch.no_grad():
                 module.weight.copy_(drawn)
-        for layer in list(self.layers)[: self.config.three_quarters]:
+        for layer in list(self.layers)[: self.config.default_memory_layer]:
             assert isinstance(layer, Layer)
             layer.attention.bias.look_back(self.config.relative_init)
 

@@ -26,7 +26,7 @@ from .run_folders import run_folder
 from .signals import Interrupted
 from .tensorboard import RunLogger, flat_settings
 from .trainer import MemoryTrainer
-from .unwanted_messages import hush
+from .unwanted_messages import drop_unwanted_messages
 
 LIMITED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 """By command, whose batches it cannot do without."""
@@ -200,7 +200,7 @@ def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> Me
     """
     here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
     args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
-    hush()
+    drop_unwanted_messages()
     configs = [f"--config={path}" for path in ([paths] if isinstance(paths, str) else paths)]
     return MemoryCLI(run=False, args=[*configs, *arguments, *args])
 
@@ -219,6 +219,6 @@ def _run_command() -> None:
 
 def main() -> None:
     """Run the command line; whatever ends it, ends it with one line."""
-    hush()
+    drop_unwanted_messages()
     take_debug_flag(sys.argv)
     run(_run_command)

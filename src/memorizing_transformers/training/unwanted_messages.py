@@ -20,7 +20,7 @@ def _wanted(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(ADVERTISING)
 
 
-def hush() -> None:
+def drop_unwanted_messages() -> None:
     """Drop these messages for the rest of the process."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_wanted)
     for message in WARNINGS:

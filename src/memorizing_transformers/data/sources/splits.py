@@ -16,7 +16,7 @@ from .local import open_files
 from .standard_library import held_out_split, standard_library
 
 
-class Reading(NamedTuple):
+class SplitSource(NamedTuple):
     """A source and the splits that its documents go to."""
 
     source: Source
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     """The setting that names the source."""
 
 
-def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> list[Reading]:
+def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> list[SplitSource]:
     """Open all sources; between them every split is covered whose fraction is not 0.
 
     What is read for validation or test is not read for training too.
@@ -73,7 +73,7 @@ def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> lis
     else:
         split_of = split_by_name(main.names(), shares, origin)
         rule = f"by name {sorted(shares.items())}"
-        readings.append(Reading(main, ("train", *shares), split_of, rule, origin))
+        readings.append(SplitSource(main, ("train", *shares), split_of, rule, origin))
     return readings
 
 
@@ -95,7 +95,7 @@ def check_sources(settings: SourceSettings, split: str) -> None:
         raise ConfigError(f"data.{split}_fraction", share, remedy)
 
 
-def fingerprint_sources(readings: Iterable[Reading]) -> str:
+def fingerprint_sources(readings: Iterable[SplitSource]) -> str:
     """Hash of all documents and of the rules that split them."""
     digest = hashlib.blake2b(digest_size=16)
     for reading in readings:
@@ -167,20 +167,24 @@ def _fill_empty_splits(points: Mapping[str, float], shares: Mapping[str, float])
     return moved
 
 
-def _standard_library_reading(source: Source, held_out: tuple[str, ...], origin: Origin) -> Reading:
+def _standard_library_reading(
+    source: Source, held_out: tuple[str, ...], origin: Origin
+) -> SplitSource:
+    source: Source, held_out: tuple[str, ...], origin: Origin
+) -> SplitSource:
     def split_of(name: str) -> str:
         split = held_out_split(name)
         return split if split in held_out else "train"
 
     rule = f"held-out packages {held_out}"
-    return Reading(source, ("train", *held_out), split_of, rule, origin)
+    return SplitSource(source, ("train", *held_out), split_of, rule, origin)
 
 
-def _whole(source: Source, split: str, origin: Origin) -> Reading:
-    return Reading(source, (split,), lambda name: split, f"all to {split}", origin)
+def _whole(source: Source, split: str, origin: Origin) -> SplitSource:
+    return SplitSource(source, (split,), lambda name: split, f"all to {split}", origin)
 
 
-def refuse_leaks(readings: Iterable[Reading]) -> None:
+def refuse_leaks(readings: Iterable[SplitSource]) -> None:
     """Refuse to train on nothing but what is read for validation or test too.
 
     Raises:
@@ -194,7 +198,7 @@ def refuse_leaks(readings: Iterable[Reading]) -> None:
             raise reading.origin.error(f"{both} reads all of it too; give texts of its own to each")
 
 
-def _keep_apart(main: Source, held_out: Iterable[Reading], origin: Origin) -> None:
+def _keep_apart(main: Source, held_out: Iterable[SplitSource], origin: Origin) -> None:
     """Leave out of training what other sources read, and say so, unless nothing would be left."""
     shared = _shared(main, held_out)
     if shared and len(shared) < len(main.places()):
@@ -205,7 +209,7 @@ def _keep_apart(main: Source, held_out: Iterable[Reading], origin: Origin) -> No
         )
 
 
-def _shared(source: Source, others: Iterable[Reading]) -> dict[Hashable, str]:
+def _shared(source: Source, others: Iterable[SplitSource]) -> dict[Hashable, str]:
     """The places of a source that others read too, and the key of one of these."""
     own = source.places()
     return {place: other.origin.key for other in others for place in other.source.places() & own}

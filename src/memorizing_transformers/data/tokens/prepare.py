@@ -27,7 +27,7 @@ from ...errors import ConfigError, UserError
 from ...pace import Pace
 from ..settings import SPLITS, CorpusSettings, TokenizerSettings
 from ..sources.documents import Document, first_line
-from ..sources.splits import Reading, fingerprint_sources, open_sources, refuse_leaks
+from ..sources.splits import SplitSource, fingerprint_sources, open_sources, refuse_leaks
 from .store import FORMAT, TOKENIZER_FOLDER, SplitWriter, read_manifest, token_dtype, write_manifest
 from .tokenizers import (
     BPE,
@@ -125,7 +125,7 @@ def _open_tokenizer(settings: TokenizerSettings) -> PreTrainedTokenizerBase | No
 def _write_store(
     folder: Path,
     settings: CorpusSettings,
-    readings: Sequence[Reading],
+    readings: Sequence[SplitSource],
     tokenizer: PreTrainedTokenizerBase | None,
     num_workers: int,
 ) -> None:
@@ -172,7 +172,7 @@ def _everything(name: str) -> bool:
     return True
 
 
-def _training_documents(readings: Sequence[Reading], shortest: int) -> Iterator[Document]:
+def _training_documents(readings: Sequence[SplitSource], shortest: int) -> Iterator[Document]:
     for reading in readings:
         if "train" not in reading.splits:
             continue
@@ -226,7 +226,7 @@ def _refuse_empty(counts: dict[str, dict[str, int]], settings: CorpusSettings) -
 
 def _fingerprint(
     settings: CorpusSettings,
-    readings: Sequence[Reading],
+    readings: Sequence[SplitSource],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> str:
     if tokenizer is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..gathered import dots, keys_of
 from ..view import Readable
 from .kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
-from .kernels.cpu_scan import apart
+from .kernels.cpu_scan import odd_stride
 from .kernels.score_blocks import SCORE_BYTES
 from .policy import KERNELS, KernelChoice, KernelFailed, choose_kernel
 from .protocol import Neighbours
@@ -58,7 +58,7 @@ class BucketedSearch:
 
     @torch.no_grad()
     def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
-        buckets = apart(max(top_k, num_buckets_for(top_k, self.recall_target)))
+        buckets = odd_stride(max(top_k, num_buckets_for(top_k, self.recall_target)))
         choice = choose_kernel(queries, memory, top_k, buckets, self.recall_target)
         if choice.name in self._broken:
             choice = KernelChoice("torch", top_k, f"{choice.name} failed")

@@ -49,7 +49,7 @@ class SubIndex:
     effort: int
 
 
-class Head(NamedTuple):
+class RingHead(NamedTuple):
     """The keys of one row and head; pair ``i`` since the row's reset lies in slot ``i % M``."""
 
     memory: Readable
@@ -119,7 +119,7 @@ class FaissSearch:
                     queue.sealed.clear()
                     queue.document, queue.asked = document, None
                 found = self._search_head(
-                    asked[row, head], Head(memory, row, head), queue, used, used - fill, top_k
+                    asked[row, head], RingHead(memory, row, head), queue, used, used - fill, top_k
                 )
                 slots[row, head], valid[row, head] = np.maximum(found, 0) % memory.size, found >= 0
         device = queries.device
@@ -128,7 +128,7 @@ class FaissSearch:
     def _search_head(
         self,
         queries: NDArray[Any],
-        ring: Head,
+        ring: RingHead,
         queue: Queue,
         used: int,
         oldest: int,

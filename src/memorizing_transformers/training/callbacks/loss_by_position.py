@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...data.batch import Batch, fp64_device
 from ...memory import MemoryBank
-from .observer import Harmless, tensorboards
+from .observer import WarnOnce, tensorboards
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ class LossByPosition(Callback):
 
     def __init__(self, tokens: int = 131072) -> None:
         self.tokens = tokens
-        self._harmless = Harmless("loss by position")
+        self._warn_once = WarnOnce("loss by position")
         self._active = False
         self._left = 0
         """Token places of this rank still to be read twice."""
@@ -164,7 +164,7 @@ class LossByPosition(Callback):
         pl_module.log("memory/gain_bits_per_token", self._sums.gain, sync_dist=True)
         writers = tensorboards(trainer)
         if writers:
-            self._harmless(lambda: self._write(writers, trainer, pl_module))
+            self._warn_once(lambda: self._write(writers, trainer, pl_module))
 
     def _write(self, writers: list[Any], trainer: Trainer, pl_module: Any) -> None:
         figure = draw(self._sums, self._segment, pl_module.config.memory.size)

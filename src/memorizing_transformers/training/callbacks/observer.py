@@ -29,7 +29,7 @@ def tensorboards(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in found]
 
 
-class Harmless:
+class WarnOnce:
     """Runs what is drawn for people: what goes wrong in it becomes one warning.
 
     Args:

@@ -16,7 +16,7 @@ from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
 from ...model import ModelOutput, Retrieval, Transformer
 from ..sharded import whole
-from .observer import Harmless, Observer, log_scalars, tensorboards
+from .observer import Observer, WarnOnce, log_scalars, tensorboards
 
 RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""
@@ -110,14 +110,14 @@ class RetrievalHistograms(Observer):
 
     def __init__(self, every_n_steps: int = 500) -> None:
         super().__init__(every_n_steps)
-        self._harmless = Harmless("histograms of what was retrieved")
+        self._warn_once = WarnOnce("histograms of what was retrieved")
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Draw this step's histograms."""
         gates = learned_gates(self.module.net)
         writers = tensorboards(self.trainer)
         if writers:
-            self._harmless(lambda: self._draw(writers, gates, bank, output, step))
+            self._warn_once(lambda: self._draw(writers, gates, bank, output, step))
 
     def _draw(
         self,

@@ -10,7 +10,7 @@ import torch
 from ...data.batch import Batch
 from ...memory import Memory, MemoryBank
 from ...model import ModelOutput, Retrieval
-from .observer import Harmless, Observer, tensorboards
+from .observer import Observer, WarnOnce, tensorboards
 
 CONTEXT = 12
 """Tokens shown on either side of a token."""
@@ -102,13 +102,13 @@ class RetrievalSamples(Observer):
 
     def __init__(self, every_n_steps: int = 500) -> None:
         super().__init__(every_n_steps)
-        self._harmless = Harmless("sample retrievals")
+        self._warn_once = WarnOnce("sample retrievals")
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Write this step's samples."""
         writers = tensorboards(self.trainer)
         if writers:
-            self._harmless(lambda: self._write(writers, batch, bank, output, step))
+            self._warn_once(lambda: self._write(writers, batch, bank, output, step))
 
     def _decoder(self) -> Decode:
         datamodule = getattr(self.trainer, "datamodule", None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...view import Readable
 from ..protocol import Neighbours
-from .top_k import MOST_MEMBERS, among, largest, members_for
+from .top_k import MOST_MEMBERS, largest, largest_in_buckets, members_for
 
 SCORE_BYTES = 32 * 2**20
 """Scores that live at once: what stays near a CPU's outer cache."""
@@ -38,7 +38,7 @@ def num_blocks(count: int, width: int) -> int:
     return -(-count * width // BLOCK_SCORES)
 
 
-def apart(stride: int) -> int:
+def odd_stride(stride: int) -> int:
     """A distance of a bucket's members, at least ``stride``, that suits keys from a text.
 
     Tokens at the same place of different segments lack the same context, so their keys resemble
@@ -132,7 +132,7 @@ class HostScan:
         count, width = queries.shape[0], keys.shape[0]
         stride = -(-width // (num_blocks(count, width) * members))
         if self.buckets is not None:
-            stride = apart(stride)
+            stride = odd_stride(stride)
         block = stride * members
         blocks = -(-width // block)
         padded = blocks * block
@@ -153,7 +153,7 @@ class HostScan:
             firsts = torch.arange(blocks)[:, None] * block + torch.arange(stride)
             first = firsts.view(-1)[first]
         if self.buckets is None:
-            return among(scores, first, stride, members, top_k)
+            return largest_in_buckets(scores, first, stride, members, top_k)
         steps = torch.arange(members) * stride
         candidates = first[:, None] + steps[:, None]
         won = scores.gather(1, candidates.flatten(1)).view_as(candidates) == values[:, None]

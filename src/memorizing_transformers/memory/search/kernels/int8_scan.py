@@ -107,7 +107,7 @@ def best_places(scores: Tensor, count: int) -> Tensor:
     return places.gather(1, best_places(scores.gather(1, places), count))
 
 
-class _Head:
+class _Int8Keys:
     """The keys of one row and head, ready to be searched.
 
     Args:
@@ -187,7 +187,7 @@ def quantized_search(queries: Tensor, memory: Readable, top_k: int, score_bytes:
         found = min(top_k, used)
         valid[row, ..., :found] = True
         for head in range(groups if used else 0):
-            search = _Head(memory.keys_at((row, head, held)), found)
+            search = _Int8Keys(memory.keys_at((row, head, held)), found)
             chunk = max(1, min(QUERIES, score_bytes // (4 * (search.buckets + BLOCK))))
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)

@@ -67,10 +67,10 @@ def largest(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     folded = F.pad(scores, (0, ragged), value=-torch.inf) if ragged else scores
     stride = folded.shape[-1] // members
     _, chosen = largest(folded.unflatten(-1, (members, stride)).amax(dim=-2), top_k)
-    return among(folded, chosen, stride, members, top_k)
+    return largest_in_buckets(folded, chosen, stride, members, top_k)
 
 
-def among(
+def largest_in_buckets(
     scores: Tensor, first: Tensor, stride: int, members: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """The k largest among the members of chosen buckets.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...view import Readable
 from ..protocol import Neighbours
-from .cpu_scan import apart
+from .cpu_scan import odd_stride
 from .torch_buckets import best_buckets
 
 WIDEST = 256
@@ -97,7 +97,7 @@ def triton_buckets(
 ) -> Neighbours:
     """The ``count`` best of the best slots of ``buckets`` buckets, or of more where they are fewer
     than ``count``; by scores of factors in bfloat16."""
-    buckets = max(buckets, apart(count))
+    buckets = max(buckets, odd_stride(count))
     return best_buckets(bucket_maxima, queries, memory, count, buckets, score_bytes)
 
 
