@@ -170,8 +170,6 @@ def _fill_empty_splits(points: Mapping[str, float], shares: Mapping[str, float])
 def _standard_library_reading(
     source: Source, held_out: tuple[str, ...], origin: Origin
 ) -> SplitSource:
-    source: Source, held_out: tuple[str, ...], origin: Origin
-) -> SplitSource:
     def split_of(name: str) -> str:
         split = held_out_split(name)
         return split if split in held_out else "train"
