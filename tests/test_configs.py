@@ -82,7 +82,7 @@ def settings(*paths: Path) -> dict[str, Any]:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not tree:
         return {prefix[1:]: tree}
     return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}").items()}
 

@@ -207,7 +207,7 @@ def test_faiss_reads_keys_on_the_host_where_they_lie() -> None:
     indexes = pytest.importorskip("memorizing_transformers.memory.search.faiss_index")
     model = make("cpu", size=16)
     memory = model.new_memory(1).memories[1]
-    keys = indexes.Head(memory, 0, 1).keys(4, 12)
+    keys = indexes.RingHead(memory, 0, 1).keys(4, 12)
     assert np.shares_memory(keys, memory.keys.numpy())
 
 

@@ -103,7 +103,7 @@ def callback(name: str, **arguments: Any) -> str:
         ("--trainer.fast_dev_run=3.5", "trainer.fast_dev_run = 3.5: must be int, bool"),
         ("--trainer.limit_val_batches=-3", "trainer: You have passed invalid value -3"),
         ("--trainer.gradient_clip_algorithm=soft", "trainer: `gradient_clip_algorithm` soft"),
-        ("--model.optimizer.name=sgdx", "model.optimizer.name = sgdx: must be 'adamw', 'adafa"),
+        ("--model.optimizer.name=sgdx", "model.optimizer.name = 'sgdx': must be adamw, adafactor"),
         ("--model=5", "model"),
     ],
 )

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from small import command, write_config, write_texts
 
-from memorizing_transformers import __main__ as commands
+from memorizing_studies import commands
+from memorizing_transformers import __main__ as core
 from memorizing_transformers.data.tokens.store import TokenStore
 
 
@@ -29,7 +30,7 @@ def test_the_program_never_reads_what_it_writes(tmp_path: Path, monkeypatch) -> 
         assert command(name, *here, 8, "--ckpt_path", "last")[0] == 0
     assert command("predict", *here, 8, "--ckpt_path", "last", "--trainer.logger", "false")[0] == 0
     checkpoint = "runs/version_0/checkpoints/last.ckpt"
-    commands.export(checkpoint, "model")
+    core.export(checkpoint, "model")
     commands.inspect(checkpoint, "texts/story00.txt", "report")
     assert command("fit", *here, 8)[0] == 0
     assert len(first) == 1
