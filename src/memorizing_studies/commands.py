@@ -28,13 +28,13 @@ def inspect(
     Example: python -m memorizing_transformers inspect --ckpt_path last.ckpt --document FILE
 
     Args:
-        ckpt_path: a checkpoint, or a folder that export wrote.
-        document: a text file in UTF-8.
-        out: the folder to write index.html and tokens.jsonl into.
-        memory_sizes: one or two sizes of the memory, e.g. 2048,8192; the checkpoint's unless given.
-        segment_length: tokens read at once; that of the training run unless given.
-        retrieved: neighbours kept of each head and token, the heaviest first.
-        device: e.g. cpu or cuda:0; a GPU unless given, where there is one.
+        ckpt_path: A checkpoint, or a folder that export wrote.
+        document: A text file in UTF-8.
+        out: Folder for index.html and tokens.jsonl.
+        memory_sizes: One or two sizes of the memory, e.g. 2048,8192. Default: the checkpoint's.
+        segment_length: Tokens read at once. Default: that of the training run.
+        retrieved: Neighbours kept for each head and token, those with the largest weight first.
+        device: Device, e.g. cpu or cuda:0. Default: a GPU if there is one.
     """
     from .inspection.command import inspect as show
 
@@ -49,17 +49,18 @@ def ablate(
     out: str | None = None,
     check: bool = False,
 ) -> None:
-    """Run a plan of ablations and write its table; the same command goes on where it was stopped.
+    """Run a plan of ablations and write its table. The same command resumes a stopped plan.
 
     Example: python -m memorizing_transformers ablate --plan configs/ablations/components.yaml
 
     Args:
-        plan: the plan, a YAML file; docs/ablations.md says what it holds.
-        jobs: runs side by side, each in a process of its own; 0 for none beside this one.
-        threads: of each run; OMP_NUM_THREADS, or else the processors shared out, unless given.
-        overrides: changes of the base in all variants, e.g. '{data.source: texts/}'.
-        out: folder of the runs and the table, in place of the plan's own.
-        check: build every variant's config and stop before anything runs.
+        plan: The plan, a YAML file; docs/ablations.md explains its keys.
+        jobs: Number of runs at the same time, each in its own process. 0 = one after the other, in
+            this process.
+        threads: CPU threads per run. Default: OMP_NUM_THREADS if set, else CPU count / jobs.
+        overrides: Changes of the base for all variants, e.g. '{data.source: texts/}'.
+        out: Folder for the runs and the table. Default: the plan's.
+        check: Build every variant's config and stop before anything runs.
     """
     from .ablation.plan import check as check_plan
     from .ablation.plan_file import load_plan
@@ -80,7 +81,7 @@ def ablate(
     try:
         trials = run_plan(loaded, jobs, threads)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
     print(Path(loaded.out, "table.md").read_text(encoding="utf-8"))
     print(f"results: {loaded.out}")

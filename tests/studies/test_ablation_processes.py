@@ -104,7 +104,7 @@ def test_a_polite_kill_leaves_nobody_behind(base: Path, tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
-    assert "stopped; the same command goes on" in process.communicate(timeout=120)[1]
+    assert "stopped; the same command resumes" in process.communicate(timeout=120)[1]
     assert process.returncode == 130
     with FileLock(trial / ".lock", timeout=0):
         assert not (trial / "failed.json").exists()

@@ -35,36 +35,38 @@ class DocumentDataModule(LightningDataModule):
     """Long documents, read segment by segment in rows.
 
     Args:
-        source: Text to train on: 'stdlib' (the running Python's standard library), a file, a
+        source: Text to train on: 'stdlib' (the standard library of the running Python), a file, a
             folder, a glob, or a dataset of the Hugging Face hub as hub:owner/name or
             hub:owner/name:config. Files .jsonl, .json and .parquet, also compressed, hold one
-            document per record; any other file is one document.
-        validation_source: Text to validate on, written like source. Unless given: the hub dataset's
-            own split, fixed packages of the standard library, or documents cut off from source.
-        test_source: Text to test on, likewise.
+            document per record. Any other file is one document.
+        validation_source: Text to validate on, written like source. Default: the hub dataset's own
+            split, fixed packages of the standard library, or a share of the documents of source.
+        test_source: Text to test on, written like source. Default: as for validation_source.
         text_column: Column of records that holds a document's text.
-        group: 'file' makes each text file a document; 'folder' joins the files of each top-level
+        group: 'file' makes each text file a document. 'folder' joins the files of each top-level
             folder in path order, as the paper does with repositories.
-        validation_fraction: Share of the documents to cut off for validation, by a hash of their
-            names; 0 for none.
-        test_fraction: Share of the documents to cut off for the test, likewise.
-        min_characters: Leave shorter documents out; 2000 for the standard library and 0 otherwise
-            unless given. Documents of one token are left out always.
+        validation_fraction: Share of the documents that is held out for validation, chosen by a
+            hash of their names. 0 = none.
+        test_fraction: Share of the documents that is held out for the test, chosen by a hash of
+            their names. 0 = none.
+        min_characters: Leave out documents with fewer characters. Default: 2000 for the standard
+            library, else 0. Documents of one token are always left out.
         tokenizer: 'bytes', 'bpe' (trained on the training documents), or the name or folder of any
             tokenizer that AutoTokenizer loads.
-        bpe_vocab_size: Tokens of the trained BPE, the 256 bytes among them.
-        bpe_train_bytes: Train the BPE on the first so many bytes of the training documents.
+        bpe_vocab_size: Number of tokens of the trained BPE, including the 256 bytes.
+        bpe_train_bytes: Number of bytes of the training documents that the BPE is trained on, from
+            the first document on.
         batch_rows: Rows of a training batch, over all processes.
-        eval_rows: Rows of a batch in validation, test and prediction, over all processes;
-            batch_rows unless given.
+        eval_rows: Rows of a batch in validation, test and prediction, over all processes. Default:
+            batch_rows.
         segment_length: Tokens that a row reads in one step.
-        seed: Of the order of training documents.
-        cut_tokens: Cut documents into documents of at most so many tokens, in every split: a
-            control for what memory is worth on texts of ordinary length.
-        shuffle_tokens: Let blocks of so many tokens change places among all documents of a split:
-            a control in which memory holds text from anywhere.
+        seed: Seed of the order in which training documents are read.
+        cut_tokens: Cut documents into documents of at most so many tokens, in every split. A
+            control: what memory is worth on texts of ordinary length.
+        shuffle_tokens: Exchange blocks of so many tokens among all documents of a split. A control:
+            the memory then holds text of other documents.
         cache_dir: Folder for tokenised text.
-        num_workers: Threads that tokenise; the number of processors unless given.
+        num_workers: Number of threads that tokenise. Default: the number of processors.
         predict_split: Split that prediction reads.
 
     Raises:

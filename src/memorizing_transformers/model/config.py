@@ -44,38 +44,41 @@ class MemoryConfig:
     """The external memory and how a layer uses it.
 
     Args:
-        size: slots per row and key/value head; 0 switches the memory off. A run-time choice: a
-            model trained with one size can be tested with another.
-        top_k: neighbours that each query retrieves.
-        layers: indices of the layers that reach the memory, counted from 0, negative from the end;
-            [] builds a model without memory. The default is one layer three quarters of the way up.
-        search: auto (by the memory's device and size, said in the log), exact, bucketed
-            (approximate, one pass), faiss (on the host, for very large memories: faiss-ivf,
-            faiss-hnsw or faiss-flat) or reference (slow and obvious).
-        recall_target: expected share of the true neighbours that an approximate search returns.
-        search_bytes: bytes of scores that exact and bucketed hold at once, beside the keys of one
-            head; None for what suits the device, 32 MiB on a CPU and 64 MiB elsewhere.
-        combine: how memory and local attention are joined: gate (a learned number per head), fixed
-            (fixed_value for all), content (computed from the token's hidden state), joint (one
-            softmax over neighbours and local keys).
-        fixed_value: share of the memory with combine=fixed, in [0, 1].
-        gate_init: initial share of the memory with combine=gate or content, in (0, 1).
-        position_bias: bias on retrieved pairs: none, t5 (relative distance in tokens) or
-            learned-absolute (by age in the memory).
-        bias_buckets: buckets of that bias.
-        bias_max_distance: distance in tokens from which on t5 uses the last bucket.
-        dtype: storage of keys and values: float32, bfloat16, or int8 with a scale for each vector.
-            A run-time choice.
-        device: where keys and values live: model, beside the weights; or cpu, in the host's memory,
-            for what is too large for a GPU: there it is also searched and attended to, and only
-            queries and the layer's outcome travel. XL caches stay beside the weights. A run-time
-            choice.
-        refresh_every_n_steps: training steps after which the pairs of the documents being read are
-            encoded anew with the weights of the day; 0 for never.
-        drop_after_n_steps: age in training steps beyond which pairs are not retrieved any more; 0
-            for any age.
-        drop_below_cosine: bound on the mean cosine of a segment's stored keys and today's, below
-            which it and what is older are not retrieved any more; 0 for none.
+        size: Slots per row and key/value head. 0 switches the memory off. Run-time setting: a model
+            that was trained with one size can be tested with another.
+        top_k: Number of stored pairs that each query retrieves.
+        layers: Indices of the layers that read the memory, from 0; negative indices count from the
+            last layer. [] builds a model without memory. Default: one layer at three quarters of
+            the depth.
+        search: How neighbours are found. exact finds all. bucketed is approximate and needs one
+            pass. faiss (faiss-ivf, faiss-hnsw, faiss-flat) runs on the host, for very large
+            memories. auto chooses by the memory's device and size, and the log says what it chose.
+            reference is slow and simple.
+        recall_target: Share of the true neighbours that an approximate search shall return, between
+            0 and 1.
+        search_bytes: Largest number of bytes of scores that exact and bucketed hold at once, in
+            addition to the keys of one head. Default: 32 MiB on a CPU, 64 MiB on other devices.
+        combine: How the output of the memory and of local attention are combined. gate learns one
+            number per head. fixed uses fixed_value for all heads. content computes the share from
+            the token's hidden state. joint uses one softmax over retrieved and local keys.
+        fixed_value: Share of the memory if combine is fixed, from 0 to 1.
+        gate_init: Initial share of the memory if combine is gate or content, between 0 and 1.
+        position_bias: Bias on retrieved pairs. none adds nothing. t5 depends on the distance in
+            tokens. learned-absolute depends on the age of the pair in the memory.
+        bias_buckets: Number of buckets of that bias.
+        bias_max_distance: Distance in tokens from which t5 uses its last bucket.
+        dtype: Storage type of keys and values: float32, bfloat16, or int8 with one scale per
+            vector. Run-time setting.
+        device: Where keys and values are stored. model stores them with the weights. cpu stores
+            them in the host's memory, for memories that are too large for a GPU; the search and the
+            attention to retrieved pairs then also run on the host, and only queries and results are
+            copied. XL caches stay with the weights. Run-time setting.
+        refresh_every_n_steps: Encode all stored pairs again with the current weights every so many
+            training steps. 0 = never.
+        drop_after_n_steps: Do not retrieve pairs that are older than so many training steps. 0 =
+            retrieve pairs of any age.
+        drop_below_cosine: Do not retrieve a segment, or anything older, if the mean cosine of its
+            stored keys and its keys under the current weights is below this bound. 0 = no bound.
     """
 
     size: int = field(default=8192, metadata=RUNTIME)
@@ -133,28 +136,29 @@ class ModelConfig:
     """A decoder-only transformer with memory.
 
     Args:
-        vocab_size: tokens V that the model knows; None for the tokenizer's.
-        d_model: width of the residual stream.
-        num_layers: transformer layers.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads G, a divisor of num_heads; None for num_heads.
-        head_dim: width D of a head; None for d_model / num_heads.
-        d_ff: width of the feed-forward layers; None for 4 * d_model.
-        dropout: probability, on the embedding and on every layer's outputs.
-        xl_cache: tokens of Transformer-XL cache in every layer, usually the segment length; 0 for
-            none. A run-time choice.
-        qk_norm: normalise queries and keys and learn a scale per head.
-        qk_scale_init: initial value of that scale.
-        relative_buckets: buckets of the T5 bias on local attention.
-        relative_max_distance: distance in tokens from which on it uses the last bucket.
-        relative_init: initial bias of head h towards the key h tokens back, in the layers below
-            three quarters of the way up; 0 starts all biases at zero. Heads that look at fixed
-            distances from the start let a small model learn sooner to follow repetitions.
-        activation_checkpointing: recompute layers in the backward pass; retrieval is not repeated.
-        compile: compile projections and feed-forward layers with torch.compile, and local attention
-            on a GPU; search and memory stay as they are. Costs a minute or less at the start, and
-            on a CPU needs a C++ compiler. A run-time choice.
-        memory: the external memory.
+        vocab_size: Number of tokens V that the model knows. Default: that of the tokenizer.
+        d_model: Width of the residual stream.
+        num_layers: Number of transformer layers.
+        num_heads: Number of query heads H.
+        num_kv_heads: Number of key/value heads G; it must divide num_heads. Default: num_heads.
+        head_dim: Width D of a head. Default: d_model / num_heads.
+        d_ff: Width of the feed-forward layers. Default: 4 * d_model.
+        dropout: Dropout probability of the embedding and of every layer's outputs.
+        xl_cache: Length of the Transformer-XL cache of every layer in tokens, usually the segment
+            length. 0 = no cache. Run-time setting.
+        qk_norm: Normalise queries and keys, and learn one scale per head.
+        qk_scale_init: Initial value of that scale.
+        relative_buckets: Number of buckets of the T5 bias of local attention.
+        relative_max_distance: Distance in tokens from which that bias uses its last bucket.
+        relative_init: Initial bias of head h towards the key that is h tokens back, in the layers
+            below three quarters of the depth. 0 = all biases start at zero. A small model learns
+            earlier to follow repetitions if its heads look at fixed distances from the start.
+        activation_checkpointing: Compute layers again in the backward pass instead of keeping their
+            activations. Searches are not repeated.
+        compile: Compile projections and feed-forward layers with torch.compile, and local attention
+            on a GPU. Search and memory are not compiled. Costs up to a minute at the start; a CPU
+            needs a C++ compiler. Run-time setting.
+        memory: Settings of the external memory.
     """
 
     vocab_size: int | None = None

@@ -111,8 +111,7 @@ class MemoryCLI(LightningCLI):
             "--final_report",
             type=bool,
             default=False,
-            help="after fit, test the weights with memory and with memory switched off and print "
-            "a table",
+            help="After fit, test the weights with memory and without it, and print a table.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -44,15 +44,15 @@ class MemorizingLM(LightningModule):
 
     Args:
         optimizer: optimiser and schedule.
-        save_memory: keep the memory of every row in checkpoints; without it a resumed run goes on
+        save_memory: Save the memory of every row in checkpoints. If false, a resumed run starts
             with empty memory.
-        staleness_every_n_steps: training steps between two measurements of memory/*, staleness/*
-            and time/*; 0 for never.
-        inspect_every_n_steps: training steps between two histograms and sample retrievals in
-            TensorBoard; 0 for never, and then validation draws no loss by position either.
-        init_from: a checkpoint folder, or a folder that `export` or ``save_pretrained`` wrote:
-            a new run starts from its weights, with a fresh optimiser at step 0. Not read where
-            ckpt_path is given. None for weights drawn by the seed.
+        staleness_every_n_steps: Training steps between two measurements of memory/*, staleness/*
+            and time/*. 0 = never.
+        inspect_every_n_steps: Training steps between two histograms and sample retrievals in
+            TensorBoard. 0 = never; validation then draws no loss by position either.
+        init_from: Folder of a checkpoint, or of a model that `export` or ``save_pretrained`` wrote.
+            A new run starts with its weights, a fresh optimiser and step 0. Ignored if ckpt_path is
+            given. Default: weights drawn by the seed.
         settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
     """
 

@@ -27,18 +27,19 @@ class OptimizerConfig:
     """Optimiser and schedule.
 
     Args:
-        name: adamw, adafactor, or the import path of another optimiser, e.g. torch.optim.NAdam.
-        lr: learning rate, reached at the end of the warm-up; with schedule=rsqrt the rate at step s
-            is lr / sqrt(max(s, warmup_steps)), as the paper states it (1.0 there).
-        options: further arguments of the optimiser, e.g. {eps: 1.0e-6}.
-        betas: AdamW's two decay rates; other optimisers take theirs from options.
-        weight_decay: decoupled decay (times lr) of every parameter that has two dimensions
-            or more: the kernels of linear layers, the embedding, the tables of position biases.
+        name: Optimiser: adamw, adafactor, or the import path of another one, e.g.
+            torch.optim.NAdam.
+        lr: Learning rate at the end of the warm-up. With schedule=rsqrt the rate at step s is lr /
+            sqrt(max(s, warmup_steps)), as in the paper, which uses lr = 1.0.
+        options: Further arguments of the optimiser, e.g. {eps: 1.0e-6}.
+        betas: The two decay rates of AdamW. Other optimisers take theirs from options.
+        weight_decay: Decoupled weight decay (times lr) of all parameters with two or more
+            dimensions: the kernels of linear layers, the embedding, the tables of position biases.
             Norms, gates and scales do not decay.
-        schedule: constant, cosine or rsqrt, each after a linear warm-up.
-        warmup_steps: steps of linear warm-up.
-        total_steps: steps until cosine reaches its end; None for trainer.max_steps.
-        final_lr_share: share of lr that cosine ends at.
+        schedule: Learning-rate schedule after the linear warm-up: constant, cosine or rsqrt.
+        warmup_steps: Length of the linear warm-up in steps.
+        total_steps: Step at which the cosine schedule ends. Default: trainer.max_steps.
+        final_lr_share: Learning rate at the end of the cosine schedule, as a share of lr.
     """
 
     name: str = "adamw"

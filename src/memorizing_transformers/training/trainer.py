@@ -66,9 +66,9 @@ class MemoryTrainer(Trainer):
 
     Args:
         args: as for ``Trainer``.
-        background_save: copy the state and write it while training goes on; at most one copy is
-            held. False waits for the disk.
-        rank_timeout: seconds that a rank may be silent before the others end the run.
+        background_save: Copy the state and write it to disk while training continues; at most one
+            copy is held. If false, training waits for the disk.
+        rank_timeout: Seconds that a rank may be silent before the other ranks end the run.
         kwargs: as for ``Trainer``.
     """
 
