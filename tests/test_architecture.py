@@ -111,7 +111,7 @@ def test_the_entry_point_is_short() -> None:
 def test_imports_are_resolved_as_python_does() -> None:
     """The tests above see relative, absolute and nested imports alike."""
     found = set(imports(SOURCE / "memory" / "search" / "reference.py"))
-    assert {"torch", f"{PACKAGE}.memory.ring", f"{PACKAGE}.memory.search.protocol"} <= found
+    assert {"torch", f"{PACKAGE}.memory.view", f"{PACKAGE}.memory.search.protocol"} <= found
     nested = set(imports(SOURCE / "memory" / "search" / "__init__.py"))
     assert f"{PACKAGE}.memory.search.faiss_index" in nested
     assert "data" in insiders(SOURCE / "pretrained" / "hub.py")
