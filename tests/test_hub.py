@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from memorizing_transformers import MemorizingTransformer, MemoryConfig
 from memorizing_transformers.data.tokens.tokenizers import train_bpe
@@ -354,3 +355,17 @@ def test_an_upload_that_fails_leaves_the_folder(
     with pytest.raises(ConfigError, match="cannot be uploaded"):
         small().save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="nobody/nothing")
     assert MemorizingTransformer.from_pretrained(tmp_path / "model").config.d_model == 16
+
+
+def test_a_folder_with_the_weights_names_of_earlier_versions_is_read(folder: Path) -> None:
+    model = MemorizingTransformer.from_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    earlier = {
+        name.replace(".reader.gate.linear.", ".gate.").replace(".reader.bias.", ".memory_bias."): w
+        for name, w in weights.items()
+    }
+    assert earlier.keys() != weights.keys()
+    save_file(earlier, folder / "model.safetensors", metadata={"format": "pt"})
+    again = MemorizingTransformer.from_pretrained(folder)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
