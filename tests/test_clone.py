@@ -7,9 +7,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from memorizing_transformers import __main__ as commands
 
 ROOT = Path(__file__).parent.parent
 IMPORT = "from memorizing_transformers import MemorizingTransformer as M; print(M.__module__)"
@@ -139,3 +143,27 @@ def test_the_core_works_without_the_studies(clone: Path, texts: list[str], tmp_p
     assert python(core, "-c", IMPORT).strip() == "memorizing_transformers.pretrained.hub"
     run = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--final_report=false"]
     assert "training ended at step 1" in python(core, "train.py", "fit", *config, *run)
+
+
+def entry(module: str) -> Any:
+    return EntryPoint("extra", f"{module}:run", "memorizing_transformers.commands")
+
+
+def test_commands_of_other_packages_join_and_a_deleted_one_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "extra_package.py").write_text("def run() -> None: ...")
+    (tmp_path / "lacking_package.py").write_text("import a_package_that_is_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {}
+    for module in ("extra_package", "deleted_package", "deleted_package.commands"):
+        monkeypatch.setattr(commands, "entry_points", lambda group, m=module: [entry(m)])
+        found[module] = "extra" in commands.all_commands()
+    assert found == {
+        "extra_package": True,
+        "deleted_package": False,
+        "deleted_package.commands": False,
+    }
+    monkeypatch.setattr(commands, "entry_points", lambda group: [entry("lacking_package")])
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
+        commands.all_commands()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
@@ -91,9 +90,12 @@ def all_commands() -> dict[str, Callable[..., None]]:
     """The commands of this package and of those that extend it, by name."""
     found = dict(COMMANDS)
     for point in entry_points(group=GROUP):
-        # An entry may be left of a package that was deleted.
-        with suppress(ModuleNotFoundError):
+        try:
             found[point.name] = point.load()
+        except ModuleNotFoundError as error:
+            # The entry of a package that was deleted may remain; what a package lacks is an error.
+            if error.name not in (point.module, point.module.partition(".")[0]):
+                raise
     source = Path(__file__).parents[1]
     if source.name == "src":  # a clone, which need not be installed
         for file in sorted(source.glob("*/commands.py")):
