@@ -18,9 +18,10 @@ from statistics import median
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from measure import circumstances
 
-from memorizing_transformers.training.callbacks import LossByPosition
+from memorizing_transformers.training.callbacks import LossByPosition, StalenessLogging
 from memorizing_transformers.training.cli import MemoryCLI
 from memorizing_transformers.training.tensorboard import RunLogger
 from memorizing_transformers.training.unwanted_messages import drop_unwanted_messages
@@ -52,16 +53,19 @@ def build(args: argparse.Namespace, folder: str, more: float) -> tuple[MemoryCLI
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
-        "callbacks": "null",
         "default_root_dir": folder,
     }
     given = [f"--trainer.{key}={value}" for key, value in options.items()]
     cli = MemoryCLI(run=False, args=["--config", args.config, *given])
-    module, trainer, clock = cli.model, cli.trainer, Clock(args.warm_up)
+    trainer, clock = cli.trainer, Clock(args.warm_up)
     trainer.loggers = [RunLogger(folder)] if more else []
-    for name in ("staleness_every_n_steps", "inspect_every_n_steps"):
-        every = getattr(module, name)
-        setattr(module, name, max(1, round(every / more)) if more else 0)
+
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
+    trainer.callbacks.append(StalenessLogging())
+    for callback in trainer.callbacks:
+        every = getattr(callback, "every_n_steps", None)
+        if every is not None:
+            callback.every_n_steps = max(1, round(every / more)) if more else 0
     trainer.log_every_n_steps = max(1, round(trainer.log_every_n_steps / more)) if more else 0
     trainer.callbacks.append(clock)
     return cli, clock

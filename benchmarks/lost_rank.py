@@ -48,8 +48,6 @@ TRAINING = {
     "model.memory.size": 32,
     "model.memory.top_k": 4,
     "model.memory.layers": "[-1]",
-    "model.staleness_every_n_steps": 0,
-    "model.inspect_every_n_steps": 0,
     "data.batch_rows": 6,
     "data.segment_length": 16,
     "data.num_workers": 1,

@@ -51,9 +51,7 @@ def run(rate: float, given: argparse.Namespace, probes: list[int], **control: An
     optimizer = dict(config["model"]["optimizer"]) | {"lr": rate}
     if given.run:
         optimizer |= {"schedule": "constant", "warmup_steps": 20}
-    module = MemorizingLM(
-        OptimizerConfig(**optimizer), staleness_every_n_steps=0, memory=memory, **model
-    )
+    module = MemorizingLM(OptimizerConfig(**optimizer), memory=memory, **model)
     if given.run:
         weights = load_model(given.run / "checkpoints" / "last.ckpt").state_dict()
         module.config.vocab_size = data.vocab_size

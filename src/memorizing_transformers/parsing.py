@@ -25,6 +25,16 @@ UNKNOWN_KEY = (
 )
 """How the parser speaks of a key that it does not know."""
 
+_LOGGING = (
+    "callbacks are listed in the config: give {} under trainer.callbacks, with every_n_steps of "
+    "their own, as configs/quickstart.yaml does"
+)
+REMOVED = {
+    "staleness_every_n_steps": _LOGGING.format("StalenessLogging, RetrievalLogging and StepTiming"),
+    "inspect_every_n_steps": _LOGGING.format("RetrievalHistograms and RetrievalSamples"),
+}
+"""By the last part of a key of earlier versions, what takes its place."""
+
 _load_yaml = get_loader("yaml")
 
 
@@ -39,10 +49,12 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent
 
 
 def suggest(message: str, known: Iterable[str]) -> str:
-    """The message, with the nearest known key behind an unknown one."""
+    """The message, with what takes the place of an unknown key, or the nearest known one."""
     found = [match for pattern in UNKNOWN_KEY if (match := re.search(pattern, message))]
     if not found:
         return message
+    if found[0][1].rpartition(".")[2] in REMOVED:
+        return f"{message}; {REMOVED[found[0][1].rpartition('.')[2]]}"
     keys = list(known)
     near = difflib.get_close_matches(found[0][1], keys, n=1)
     return f"{message}; did you mean {near[0]}?" if near else message

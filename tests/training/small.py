@@ -22,6 +22,15 @@ from memorizing_transformers.data import DocumentDataModule
 from memorizing_transformers.data.tokens.store import TokenStore
 from memorizing_transformers.memory import Memory
 from memorizing_transformers.model import MemoryConfig, Transformer
+from memorizing_transformers.training.callbacks import (
+    LossByPosition,
+    RetrievalHistograms,
+    RetrievalLogging,
+    RetrievalSamples,
+    StalenessLogging,
+    StepTiming,
+    Throughput,
+)
 from memorizing_transformers.training.cli import main
 from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.optimizers import OptimizerConfig
@@ -99,9 +108,22 @@ def make_module(kind: type[MemorizingLM] = MemorizingLM, **settings: Any) -> Mem
     optimizer = {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0}
     optimizer |= settings.pop("optimizer", {})
     fields = {"d_model": 16, "num_layers": 2, "num_heads": 2}
-    fields |= {"staleness_every_n_steps": 0, "inspect_every_n_steps": 0, **settings}
+    fields |= settings
     torch.manual_seed(0)
     return kind(OptimizerConfig(**optimizer), memory=MemoryConfig(**memory), **fields)
+
+
+def logs(often: int = 0, seldom: int = 0) -> list[Callback]:
+    """The logging that the quickstart lists, and the module's own; 0 for never."""
+    return [
+        Throughput(),
+        RetrievalLogging(often),
+        StalenessLogging(often),
+        StepTiming(often),
+        RetrievalHistograms(seldom),
+        RetrievalSamples(seldom),
+        *([LossByPosition()] if seldom else []),
+    ]
 
 
 def make_trainer(**options: Any) -> Trainer:
@@ -149,8 +171,10 @@ class Scalars(DummyLogger):
 def watched(texts: Path, steps: int = 20, every: int = 1, **settings: Any) -> Scalars:
     """What a training run logs."""
     logger = Scalars()
-    module = make_module(staleness_every_n_steps=every, **settings)
-    trainer = make_trainer(max_steps=steps, logger=logger, log_every_n_steps=1)
+    module = make_module(**settings)
+    trainer = make_trainer(
+        max_steps=steps, logger=logger, log_every_n_steps=1, callbacks=logs(every)
+    )
     trainer.fit(module, datamodule=make_data(texts))
     return logger
 
@@ -199,15 +223,25 @@ def write_config(path: Path, texts: Path, root: Path) -> Path:
                         {
                             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                             "init_args": {"save_last": True, "monitor": "val/loss"},
-                        }
+                        },
+                        {"class_path": "Throughput"},
+                        *(
+                            {"class_path": name, "init_args": {"every_n_steps": 8}}
+                            for name in (
+                                "RetrievalLogging",
+                                "StalenessLogging",
+                                "StepTiming",
+                                "RetrievalHistograms",
+                                "RetrievalSamples",
+                            )
+                        ),
+                        {"class_path": "LossByPosition"},
                     ],
                 },
                 "model": {
                     "d_model": 16,
                     "num_layers": 2,
                     "num_heads": 2,
-                    "staleness_every_n_steps": 8,
-                    "inspect_every_n_steps": 8,
                     "memory": {"size": 32, "top_k": 4, "layers": [-1]},
                     "optimizer": {"lr": 1e-2, "warmup_steps": 4},
                 },

@@ -11,7 +11,11 @@ from lightning.pytorch import Callback
 from small import SEGMENT, make_data, make_module, make_trainer
 
 from memorizing_transformers.errors import UserError
-from memorizing_transformers.training.callbacks import MemoryClearing, StalenessLogging, Throughput
+from memorizing_transformers.training.callbacks import (
+    MemoryClearing,
+    StalenessControl,
+    StalenessLogging,
+)
 from memorizing_transformers.training.module import MemorizingLM
 
 
@@ -48,7 +52,7 @@ def test_callbacks_of_the_users_own_replace_the_modules(texts: Path) -> None:
     for _ in range(2):  # the second run finds those of the first
         trainer.fit(make_module(), datamodule=make_data(texts))
         kinds = [type(callback) for callback in trainer.callbacks]
-        for kind in (OwnClearing, StalenessLogging, Throughput):
+        for kind in (OwnClearing, StalenessLogging, StalenessControl):
             assert kinds.count(kind) == 1
         assert MemoryClearing not in kinds
 

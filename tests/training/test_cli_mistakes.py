@@ -32,6 +32,8 @@ def error_of(*args: Any) -> str:
         ("--modle.memory.size=3", "did you mean model.memory.size?"),
         ("--trainer.max_step=3", "did you mean trainer.max_steps?"),
         ("--batch_rows=3", "did you mean data.batch_rows?"),
+        ("--model.inspect_every_n_steps=3", "give RetrievalHistograms and RetrievalSamples under"),
+        ("--model.staleness_every_n_steps=3", "give StalenessLogging, RetrievalLogging and StepT"),
         ("--model.memory.size=big", "model.memory.size"),
         ("--model.memory.size=-1", "model.memory.size = -1: must be at least 0"),
         ("--model.memory.top_k=33", "model.memory.top_k = 33: must be at most model.memory.size"),

@@ -12,7 +12,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from small import SEGMENT, Losses, make_data, make_module, scalars
+from small import SEGMENT, Losses, logs, make_data, make_module, scalars
 from two_devices import AWAY, CPU, send_away, two_devices
 
 from memorizing_studies.inspection.trace import read_document
@@ -40,7 +40,10 @@ def make(root: Path, device: torch.device, **options: Any) -> MemoryTrainer:
         "default_root_dir": str(root),
         "max_steps": STEPS,
         "logger": TensorBoardLogger(root),
-        "callbacks": [ModelCheckpoint(every_n_train_steps=SAVED, save_last=True, save_top_k=-1)],
+        "callbacks": [
+            ModelCheckpoint(every_n_train_steps=SAVED, save_last=True, save_top_k=-1),
+            *logs(4, 4),
+        ],
         "val_check_interval": 4,
         "limit_val_batches": 3,
         "limit_test_batches": 3,
@@ -79,7 +82,6 @@ CASES = [
 def run(root: Path, texts: Path, where: torch.device, **settings: Any) -> dict[str, Any]:
     """Train, resume, validate, test, predict, report; what was seen on the way."""
     torch.manual_seed(0)
-    settings = {"staleness_every_n_steps": 4, "inspect_every_n_steps": 4, **settings}
     module, data, losses = make_module(**settings), make_data(texts), Losses()
     trainer = make(root, where)
     trainer.callbacks.append(losses)

@@ -14,6 +14,7 @@ from small import (
     Scalars,
     assert_alike,
     by_hand,
+    logs,
     make_data,
     make_module,
     make_trainer,
@@ -131,8 +132,9 @@ def test_without_memory_there_is_nothing_to_compare(texts: Path, settings: Any) 
 
 def test_a_figure_needs_no_display_and_leaves_nothing_open(texts: Path, tmp_path: Path) -> None:
     logger = RunLogger(tmp_path, name="", version="run")
-    module = make_module(inspect_every_n_steps=50)
-    trainer = make_trainer(max_steps=12, logger=logger, num_sanity_val_steps=1, **VALIDATING)
+    module = make_module()
+    options = {**VALIDATING, "num_sanity_val_steps": 1, "callbacks": logs(seldom=50)}
+    trainer = make_trainer(max_steps=12, logger=logger, **options)
     trainer.fit(module, datamodule=make_data(texts))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from small import Scalars, fill_memory, make_data, make_module, make_trainer, watched
+from small import Scalars, fill_memory, logs, make_data, make_module, make_trainer, watched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memorizing_transformers.memory import Memory
@@ -68,7 +68,7 @@ def test_measuring_recall_asks_the_search_nothing(texts: Path) -> None:
     """An index may learn from what it is asked, so a measured run must not ask more."""
     asked = []
     for every in (0, 1):
-        module, count = make_module(staleness_every_n_steps=every, search="bucketed"), [0]
+        module, count = make_module(search="bucketed"), [0]
         module.configure_model_before = module.configure_model
 
         def build(module: Any = module, count: list[int] = count) -> None:
@@ -83,7 +83,7 @@ def test_measuring_recall_asks_the_search_nothing(texts: Path) -> None:
             reader.search = counted
 
         module.configure_model = build
-        trainer = make_trainer(max_steps=6, logger=Scalars())
+        trainer = make_trainer(max_steps=6, logger=Scalars(), callbacks=logs(every))
         trainer.fit(module, datamodule=make_data(texts))
         asked.append(count[0])
     assert asked == [6, 6]
@@ -91,7 +91,7 @@ def test_measuring_recall_asks_the_search_nothing(texts: Path) -> None:
 
 def test_logged_figures_are_those_of_a_slow_count(texts: Path) -> None:
     logger, expected = Scalars(), {}  # type: ignore[var-annotated]
-    module = make_module(staleness_every_n_steps=3, size=50)
+    module = make_module(size=50)
 
     def count(batch: Any, bank: Any, output: Any) -> None:
         memory, retrieval, step = bank.memories[1], output.retrievals[1], module.global_step
@@ -112,7 +112,8 @@ def test_logged_figures_are_those_of_a_slow_count(texts: Path) -> None:
         }
 
     module.readers.append(count)
-    trainer = make_trainer(max_steps=30, logger=logger, log_every_n_steps=1)
+    options = {"max_steps": 30, "log_every_n_steps": 1, "callbacks": logs(3)}
+    trainer = make_trainer(logger=logger, **options)
     trainer.fit(module, datamodule=make_data(texts))
     assert [*expected] == [*range(0, 30, 3)]
     for step, figures in expected.items():
@@ -165,7 +166,7 @@ def histograms(folder: Path) -> dict[str, dict[int, Any]]:
 
 @pytest.mark.parametrize("combine", ["gate", "joint"])
 def test_histograms_are_of_what_was_retrieved(texts: Path, tmp_path: Path, combine: str) -> None:
-    module = make_module(inspect_every_n_steps=3, combine=combine, size=48)
+    module = make_module(combine=combine, size=48)
     expected: dict[int, Any] = {}
 
     def count(batch: Any, bank: Any, output: Any) -> None:
@@ -176,7 +177,8 @@ def test_histograms_are_of_what_was_retrieved(texts: Path, tmp_path: Path, combi
 
     module.readers.append(count)
     logger = RunLogger(tmp_path, name="", version="run")
-    make_trainer(max_steps=10, logger=logger).fit(module, datamodule=make_data(texts))
+    trainer = make_trainer(max_steps=10, logger=logger, callbacks=logs(seldom=3))
+    trainer.fit(module, datamodule=make_data(texts))
     drawn = histograms(tmp_path / "run")
     for index, unit in enumerate(("steps", "tokens")):
         found = drawn[f"memory/retrieved_age_{unit}_histogram/layer1"]
@@ -196,8 +198,8 @@ def test_a_large_step_is_sampled_by_whole_tokens(
     name = "memorizing_transformers.training.callbacks.retrieval.HISTOGRAM_PAIRS"
     monkeypatch.setattr(name, 4 * 2 * 4 * 5)  # five tokens of four rows, two heads, four pairs
     logger = RunLogger(tmp_path, name="", version="run")
-    module = make_module(inspect_every_n_steps=5)
-    make_trainer(max_steps=6, logger=logger).fit(module, datamodule=make_data(texts))
+    trainer = make_trainer(max_steps=6, logger=logger, callbacks=logs(seldom=5))
+    trainer.fit(make_module(), datamodule=make_data(texts))
     drawn = histograms(tmp_path / "run")["memory/retrieved_age_steps_histogram/layer1"]
     assert 0 < drawn[5].num <= 4 * 2 * 4 * 5
 
@@ -205,9 +207,9 @@ def test_a_large_step_is_sampled_by_whole_tokens(
 def test_loggers_may_be_absent_or_several(texts: Path, tmp_path: Path) -> None:
     csv, board = CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "plain")
     for loggers in (False, [csv, board, Scalars()]):
-        module = make_module(staleness_every_n_steps=2, inspect_every_n_steps=2)
+        module = make_module()
         options = {"limit_val_batches": 2, "val_check_interval": 4, "log_every_n_steps": 1}
-        trainer = make_trainer(max_steps=8, logger=loggers, **options)
+        trainer = make_trainer(max_steps=8, logger=loggers, callbacks=logs(2, 2), **options)
         trainer.fit(module, datamodule=make_data(texts))
     for logger in loggers:
         logger.finalize("success")
@@ -224,8 +226,8 @@ def test_what_cannot_be_drawn_is_one_warning(
 
     for name in ("add_histogram", "add_text", "add_figure"):
         monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{name}", fail)
-    module = make_module(inspect_every_n_steps=1)
-    options = {"limit_val_batches": 2, "val_check_interval": 4}
+    module = make_module()
+    options = {"limit_val_batches": 2, "val_check_interval": 4, "callbacks": logs(seldom=1)}
     trainer = make_trainer(max_steps=12, logger=RunLogger(tmp_path), **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import make_data, make_module, make_trainer
+from small import logs, make_data, make_module, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
@@ -113,9 +113,10 @@ def texts_of(folder: Path) -> dict[str, dict[int, str]]:
 
 
 def test_samples_of_a_run_are_lines_of_its_documents(texts: Path, tmp_path: Path) -> None:
-    module = make_module(inspect_every_n_steps=4, layers=[0, 1])
+    module = make_module(layers=[0, 1])
     logger = RunLogger(tmp_path, name="", version="run")
-    make_trainer(max_steps=20, logger=logger).fit(module, datamodule=make_data(texts))
+    trainer = make_trainer(max_steps=20, logger=logger, callbacks=logs(seldom=4))
+    trainer.fit(module, datamodule=make_data(texts))
     documents = [path.read_text("utf-8") for path in texts.glob("*.txt")]
     samples = texts_of(tmp_path / "run")
     assert samples.keys() == {"retrievals/layer0/text_summary", "retrievals/layer1/text_summary"}

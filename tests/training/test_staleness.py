@@ -13,6 +13,7 @@ from small import (
     Scalars,
     assert_alike,
     fill_memory,
+    logs,
     make_data,
     make_module,
     make_trainer,
@@ -115,11 +116,10 @@ def test_measuring_changes_nothing(texts: Path, tmp_path: Path, options: dict[st
     outcomes = []
     for every in (0, 1):
         board = RunLogger(tmp_path, version=str(every))
-        module = make_module(
-            staleness_every_n_steps=every, inspect_every_n_steps=every, dropout=0.1
-        )
+        module = make_module(dropout=0.1)
         losses = Losses()
-        trainer = make_trainer(max_steps=8, logger=board, callbacks=[losses], **options)
+        callbacks = [losses, *logs(every, every)]
+        trainer = make_trainer(max_steps=8, logger=board, callbacks=callbacks, **options)
         trainer.fit(module, datamodule=make_data(texts))
         assert all(part.training for part in module.net.modules())
         outcomes.append((losses.values, state(module)))
@@ -135,9 +135,9 @@ def test_every_memory_layer_is_logged(texts: Path) -> None:
 
 
 def test_a_part_that_was_frozen_stays_so(texts: Path) -> None:
-    module = make_module(staleness_every_n_steps=1, vocab_size=256)
+    module = make_module(vocab_size=256)
     module.net = Transformer(module.config)
-    trainer = make_trainer(max_steps=3, logger=Scalars())
+    trainer = make_trainer(max_steps=3, logger=Scalars(), callbacks=logs(1))
     module.net.layers[0].eval()
     trainer.fit(module, datamodule=make_data(texts))
     assert not module.net.layers[0].training

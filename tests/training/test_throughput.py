@@ -45,6 +45,7 @@ def test_it_is_logged_in_every_epoch(texts: Path, every: int) -> None:
         limit_train_batches=5,
         log_every_n_steps=every,
         logger=logger,
+        callbacks=[Throughput()],
     )
     trainer.fit(make_module(), datamodule=make_data(texts))
     assert [*logger.values[NAME]] == [*logger.values["train/loss"]]
@@ -53,7 +54,9 @@ def test_it_is_logged_in_every_epoch(texts: Path, every: int) -> None:
 
 
 def test_logging_never_is_allowed(texts: Path) -> None:
-    trainer = make_trainer(max_steps=3, log_every_n_steps=0, logger=Scalars())
+    trainer = make_trainer(
+        max_steps=3, log_every_n_steps=0, logger=Scalars(), callbacks=[Throughput()]
+    )
     trainer.fit(make_module(), datamodule=make_data(texts))
     assert trainer.global_step == 3
 

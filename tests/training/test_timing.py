@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
-from small import Scalars, make_data, make_module, make_trainer
+from small import Scalars, logs, make_data, make_module, make_trainer
 
 from memorizing_transformers.data import loader
 from memorizing_transformers.training.callbacks import StepTiming, timing
@@ -27,8 +27,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def timed(texts: Path, every: int, *callbacks: Callback, **settings: Any) -> Scalars:
     logger = Scalars()
-    module = make_module(staleness_every_n_steps=every, **settings)
-    options = {"max_steps": 10, "logger": logger, "callbacks": [*callbacks]}
+    module = make_module(**settings)
+    options = {"max_steps": 10, "logger": logger, "callbacks": [*logs(every), *callbacks]}
     make_trainer(**options).fit(module, datamodule=make_data(texts))
     for reader in module.net.readers().values():
         assert not isinstance(reader.search, timing.TimedSearch)
@@ -71,8 +71,9 @@ def test_accumulated_batches_are_timed_once_a_step(texts: Path, clock: SimpleNam
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
             logged.extend((step, name) for name in metrics if name == "time/search_ms")
 
-    module = make_module(staleness_every_n_steps=2)
-    trainer = make_trainer(max_steps=4, logger=Listed(), accumulate_grad_batches=3)
+    module = make_module()
+    options = {"accumulate_grad_batches": 3, "callbacks": logs(2)}
+    trainer = make_trainer(max_steps=4, logger=Listed(), **options)
     trainer.fit(module, datamodule=make_data(texts))
     assert logged == [(1, "time/search_ms"), (3, "time/search_ms")]
 
@@ -83,8 +84,8 @@ def test_a_run_that_fails_leaves_the_searches_alone(texts: Path) -> None:
             if isinstance(module.net.readers()[1].search, timing.TimedSearch):
                 raise RuntimeError("out of luck")
 
-    module = make_module(staleness_every_n_steps=4)
-    trainer = make_trainer(logger=Scalars(), callbacks=[Fail()])
+    module = make_module()
+    trainer = make_trainer(logger=Scalars(), callbacks=[*logs(4), Fail()])
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer.fit(module, datamodule=make_data(texts))
     assert not isinstance(module.net.layers[1].attention.reader.search, timing.TimedSearch)

@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.messages import one_line
-from memorizing_transformers.training.callbacks import Throughput
+from memorizing_transformers.training.callbacks import RetrievalLogging, StepTiming, Throughput
 from memorizing_transformers.training.cli import MemoryCLI
 from memorizing_transformers.training.run_folders import resolve_checkpoint
 from memorizing_transformers.training.unwanted_messages import drop_unwanted_messages
@@ -107,8 +107,11 @@ class TrialCLI(MemoryCLI):
         super().__init__(**kwargs)
 
     def before_fit(self) -> None:
-        """Add the callbacks."""
-        self.trainer.callbacks.extend(self.extra)
+        """Add the callbacks, and those whose figures the table shows if the base lacks them."""
+        present = {type(callback) for callback in self.trainer.callbacks}
+        needed = [Throughput(), RetrievalLogging(), StepTiming()]
+        missing = [callback for callback in needed if type(callback) not in present]
+        self.trainer.callbacks.extend([*missing, *self.extra])
 
 
 def curves(folder: Path) -> dict[str, float]:

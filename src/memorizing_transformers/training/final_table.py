@@ -75,8 +75,8 @@ def evaluate(
 
 def final_report(trainer: Any, module: MemorizingLM, datamodule: LightningDataModule) -> None:
     """Evaluate, print the table and keep it as ``report.json`` in the run's folder."""
-    throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
-    speed = throughput.tokens / throughput.seconds if throughput.seconds else 0.0
+    throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
+    speed = throughput.tokens / throughput.seconds if throughput.seconds else None
     log_dir = trainer.log_dir  # a collective, so not to be asked for on one rank alone
     folder = log_dir or trainer.default_root_dir
     checkpoint = trainer.saved_now(weights_only=True)  # evaluation forgets what fit has taken
@@ -97,7 +97,9 @@ def final_report(trainer: Any, module: MemorizingLM, datamodule: LightningDataMo
         )
     console = Console()
     console.print(table)
-    console.print(f"training: {speed:,.0f} tokens/s, {throughput.seconds / 60:.1f} minutes")
+    if speed is not None:
+        minutes = throughput.seconds / 60
+        console.print(f"training: {speed:,.0f} tokens/s, {minutes:.1f} minutes")
     console.print(f"checkpoint: {checkpoint or 'none holds these weights'}", soft_wrap=True)
     console.print(f"curves: tensorboard --logdir {Path(folder).parent}", soft_wrap=True)
     if log_dir:

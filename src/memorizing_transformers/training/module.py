@@ -22,7 +22,7 @@ from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import ModelConfig, ModelOutput, Transformer
 from .best_neighbour import best_neighbour
-from .callbacks import MemoryClearing, standard_callbacks
+from .callbacks import MemoryClearing, StalenessControl, StalenessLogging
 from .checkpoint.export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
 from .checkpoint.folder import FOLDER_KEY
 from .checkpoint.optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
@@ -46,10 +46,6 @@ class MemorizingLM(LightningModule):
         optimizer: optimiser and schedule.
         save_memory: Save the memory of every row in checkpoints. If false, a resumed run starts
             with empty memory.
-        staleness_every_n_steps: Training steps between two measurements of memory/*, staleness/*
-            and time/*. 0 = never.
-        inspect_every_n_steps: Training steps between two histograms and sample retrievals in
-            TensorBoard. 0 = never; validation then draws no loss by position either.
         init_from: Folder of a checkpoint, or of a model that `export` or ``save_pretrained`` wrote.
             A new run starts with its weights, a fresh optimiser and step 0. Ignored if ckpt_path is
             given. Default: weights drawn by the seed.
@@ -60,8 +56,6 @@ class MemorizingLM(LightningModule):
         self,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (never changed)
         save_memory: bool = True,
-        staleness_every_n_steps: int = 50,
-        inspect_every_n_steps: int = 500,
         init_from: str | None = None,
         **settings: Any,
     ) -> None:
@@ -75,8 +69,6 @@ class MemorizingLM(LightningModule):
         self._resume: dict[str, Any] | None = None
         self._has_weights = init_from is None
         self._accumulating = False
-        self.staleness_every_n_steps = staleness_every_n_steps
-        self.inspect_every_n_steps = inspect_every_n_steps
         self.net: Transformer | None = None
         self.banks: dict[str, MemoryBank] = {}
         """By stage (train, validate, test, predict): the memory of this rank's rows."""
@@ -86,9 +78,12 @@ class MemorizingLM(LightningModule):
         self.test_metrics = language_model_metrics("test/")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Clearing and logging come with the module, unless the trainer has them."""
+        """Clear the memory, control and log staleness; what the trainer has, it keeps.
+
+        Every other callback is listed in the config, under ``trainer.callbacks``.
+        """
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
-        wanted = standard_callbacks(self.staleness_every_n_steps, self.inspect_every_n_steps)
+        wanted = [MemoryClearing(), StalenessLogging(), StalenessControl()]
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 
     def setup(self, stage: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback
-
 from .clearing import MemoryClearing
 from .loss_by_position import LossByPosition
 from .predictions import PredictionWriter
@@ -27,27 +25,4 @@ __all__ = [
     "StalenessLogging",
     "StepTiming",
     "Throughput",
-    "standard_callbacks",
 ]
-
-
-def standard_callbacks(often: int, seldom: int) -> list[Callback]:
-    """What every run has, in the order that they act before a step: throughput counts what a
-    refresh costs.
-
-    Args:
-        often: training steps between two measurements of what is logged as scalars; 0 for never.
-        seldom: training steps between two histograms and sample retrievals; with 0 there are none,
-            nor is loss drawn by position.
-    """
-    return [
-        MemoryClearing(),
-        RetrievalLogging(often),
-        StalenessLogging(often),
-        StepTiming(often),
-        RetrievalHistograms(seldom),
-        RetrievalSamples(seldom),
-        *([LossByPosition()] if seldom else []),
-        Throughput(),
-        StalenessControl(),
-    ]
