@@ -19,9 +19,11 @@ import yaml
 from plans import VARIANTS, results, rows, write_plan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from memorizing_studies.ablation import processes
 from memorizing_studies.ablation import runner as ablate
 from memorizing_studies.ablation import trial
 from memorizing_studies.ablation.plan_file import load_plan
+from memorizing_studies.ablation.processes import ThisProcess
 from memorizing_studies.ablation.trial import Trial
 from memorizing_transformers.__main__ import main
 from memorizing_transformers.errors import UserError
@@ -36,7 +38,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a plan that ran without being stopped."""
     folder = tmp_path_factory.mktemp("whole")
     plan = write_plan(folder / "plan.yaml", base, folder / "out")
-    ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), ThisProcess())
     return folder / "out"
 
 
@@ -105,9 +107,9 @@ def test_finished_variants_never_run_again(whole: Path, monkeypatch: pytest.Monk
         ran.append(trial.variant)
         trial.fail("tried again")
 
-    monkeypatch.setattr(ablate, "run_trial", note)
+    monkeypatch.setattr(processes, "run_logged", note)
     before = results(whole)
-    ablate.run_plan(load_plan(whole.parent / "plan.yaml"), jobs=0)
+    ablate.run_plan(load_plan(whole.parent / "plan.yaml"), ThisProcess())
     assert ran == ["broken"]
     assert results(whole) == before
 
@@ -131,7 +133,7 @@ def test_a_trial_that_came_to_its_end_has_not_failed(whole: Path, tmp_path: Path
     # What a worker leaves that outlived its runner, and whose trial another then gave up.
     (out / "base" / "seed-0" / "failed.json").write_text('{"reason": "another process"}')
     (out / "larger" / "seed-0" / "result.json").unlink()
-    trials = ablate.run_plan(load_plan(whole.parent / "plan.yaml", out=str(out)), jobs=0)
+    trials = ablate.run_plan(load_plan(whole.parent / "plan.yaml", out=str(out)), ThisProcess())
     assert {trial.variant for trial in trials if trial.failure is not None} == {"broken"}
     assert rows(out / "table.csv")["larger"]["loss"] == rows(whole / "table.csv")["larger"]["loss"]
 
@@ -139,7 +141,7 @@ def test_a_trial_that_came_to_its_end_has_not_failed(whole: Path, tmp_path: Path
 def test_a_changed_plan_does_not_go_on_in_the_same_folder(whole: Path) -> None:
     plan = load_plan(whole.parent / "plan.yaml", {"model.d_model": 32})
     with pytest.raises(UserError, match=r"variants\.base: model\.d_model = 32.*16"):
-        ablate.run_plan(plan, jobs=0)
+        ablate.run_plan(plan, ThisProcess())
 
 
 def test_a_killed_plan_continues_to_the_same_figures(
@@ -166,7 +168,7 @@ def test_a_killed_plan_continues_to_the_same_figures(
     assert set(results(out)) == {"base"}
     finished = (out / "base" / "seed-0" / "result.json").stat().st_mtime_ns
 
-    ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), ThisProcess())
     assert (out / "base" / "seed-0" / "result.json").stat().st_mtime_ns == finished
     assert not (out / "no-memory" / "seed-0" / "version_1").exists()
     ours, theirs = results(out), results(whole)
@@ -190,7 +192,7 @@ def test_a_budget_of_minutes_saves_its_end(base: Path, tmp_path: Path) -> None:
         seeds=[0, 1],
         budget={"minutes": 0.05},
     )
-    ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), ThisProcess())
     out = tmp_path / "out"
     assert float(rows(out / "table.csv")["base"]["perplexity_std"]) > 0
     for found in out.glob("base/*/result.json"):
@@ -211,7 +213,7 @@ def test_training_that_ends_early_has_failed(base: Path, tmp_path: Path) -> None
         tmp_path / "out",
         variants=[{"name": "early", "overrides": {"trainer.callbacks": callbacks}}],
     )
-    trials = ablate.run_plan(load_plan(plan), jobs=0)
+    trials = ablate.run_plan(load_plan(plan), ThisProcess())
     failures = {trial.variant: trial.failure for trial in trials}
     assert failures["base"] is None
     assert "of 24" in str(failures["early"])

@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from plans import results, rows, write_plan
 
+from memorizing_studies.ablation import processes
 from memorizing_studies.ablation import runner as ablate
 from memorizing_studies.ablation.plan_file import load_plan
 from memorizing_studies.ablation.trial import Trial
@@ -23,16 +24,16 @@ ROOT = Path(__file__).parent.parent.parent
 def test_threads_are_those_given_or_of_the_environment_or_a_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ablate.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert ablate.Runner([], jobs=2, threads=None).threads == 4
-    assert ablate.Runner([], jobs=16, threads=None).threads == 1
+    assert processes.Processes(2, None).threads == 4
+    assert processes.Processes(16, None).threads == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert ablate.Runner([], jobs=2, threads=None).threads == 3
-    assert ablate.Runner([], jobs=2, threads=5).threads == 5
+    assert processes.Processes(2, None).threads == 3
+    assert processes.Processes(2, 5).threads == 5
 
 
-class Processes:
+class FakeProcesses:
     """Stands for ``subprocess.Popen``: each ends after some polls, in an order of its own."""
 
     def __init__(self, lives: list[int]) -> None:
@@ -47,7 +48,7 @@ class Processes:
         gpu, polls = env.get("CUDA_VISIBLE_DEVICES", "none"), [self.lives.pop(0)]
         self.alive.append(gpu)
         self.crowds.append([*self.alive])
-        self.threads |= {env[name] for name in ablate.THREAD_VARIABLES}
+        self.threads |= {env[name] for name in processes.THREAD_VARIABLES}
         process = MagicMock(returncode=None)
 
         def poll() -> int | None:
@@ -69,21 +70,21 @@ def test_runs_side_by_side_are_shared_out_over_the_gpus(
     gpus: str, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lives = [5, 2, 3, 1, 4, 1, 2]
-    processes = Processes([*lives])
+    fake = FakeProcesses([*lives])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.setattr(ablate.subprocess, "Popen", processes)
-    monkeypatch.setattr(ablate, "POLL_SECONDS", 0)
+    monkeypatch.setattr(processes.subprocess, "Popen", fake)
+    monkeypatch.setattr(processes.Processes, "poll_seconds", 0)
     trials = []
     for number in range(len(lives)):
         folder = tmp_path / str(number)
         folder.mkdir()
         trials.append(Trial(f"variant {number}", 0, str(folder), "", {}, {}, True, None, "test"))
-    ablate.Runner(trials, jobs=jobs, threads=3).run()
+    ablate.Runner(trials, processes.Processes(jobs, 3)).run()
     assert all("code 1" in str(trial.failure) for trial in trials)
-    assert processes.threads == {"3"}
-    assert max(map(len, processes.crowds)) == min(jobs, len(trials))
+    assert fake.threads == {"3"}
+    assert max(map(len, fake.crowds)) == min(jobs, len(trials))
     named = [gpu for gpu in gpus.split(",") if gpu]
-    for crowd in processes.crowds:
+    for crowd in fake.crowds:
         counts = [crowd.count(gpu) for gpu in named] or [len(crowd)]
         assert sum(counts) == len(crowd)
         # Nobody shares a GPU while another is free.
@@ -113,7 +114,7 @@ def test_a_polite_kill_leaves_nobody_behind(base: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_worker_ends_with_its_runner() -> None:
     worker = (
-        "import os, threading, time; from memorizing_studies.ablation.worker import end_with;"
+        "import os, threading, time; from memorizing_studies.ablation.processes import end_with;"
         "threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start();"
         "print('here', flush=True); time.sleep(300)"
     )
@@ -142,7 +143,7 @@ def test_variants_run_side_by_side(base: Path, tmp_path: Path) -> None:
     plan = write_plan(
         tmp_path / "plan.yaml", base, out, variants=variants, budget={"tokens": 2 * 64}
     )
-    ablate.run_plan(load_plan(plan), jobs=2, threads=1)
+    ablate.run_plan(load_plan(plan), processes.Processes(2, 1))
     assert set(results(out)) == {"base"}
     failures = {name: row["failures"] for name, row in rows(out / "table.csv").items()}
     assert failures["base"] == ""

@@ -16,7 +16,7 @@ import contextlib
 import math
 import os
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,19 @@ class Trial:
         write_json(self.path / "failed.json", {"reason": reason})
 
     def save(self, asked: dict[str, Any]) -> None:
-        """Note what is asked, so that nobody goes on with something else."""
+        """Write the trial to its folder.
+
+        Args:
+            asked: every value of its config and of its source's, which a later call compares.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "trial.json", {**asdict(self), "asked": asked})
+
+    @classmethod
+    def load(cls, folder: Path) -> Trial:
+        """The trial that ``save`` wrote to a folder."""
+        found = read_json(folder / "trial.json")
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
 class TrialCLI(MemoryCLI):
@@ -241,3 +251,11 @@ def run_trial(trial: Trial) -> None:
     finally:
         with contextlib.suppress(OSError):
             (trial.path / "progress.json").unlink()
+
+
+def run_logged(trial: Trial) -> None:
+    """As ``run_trial``; what the trial prints goes to its ``log.txt``."""
+    # Left open: loggers that are made meanwhile keep it.
+    log = (trial.path / "log.txt").open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run_trial(trial)

@@ -1,0 +1,154 @@
+"""Runs trials as jobs of a SLURM cluster, through submitit.
+
+VARIANT/seed-0/
+  slurm.json   the id of the newest job of the trial
+  slurm/       the job script, what submitit keeps of the job, and its output
+
+The folder of the plan must be on a disk that all machines of the cluster share.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memorizing_transformers.errors import ConfigError, UserError
+
+from .json_files import read_json, write_json
+from .processes import environment
+from .trial import Trial, run_logged
+
+SUBMITIT = "submitit==1.5.4"
+COMMANDS = ("sbatch", "srun", "sacct")
+MINUTES = 24 * 60
+"""Time limit of a job, unless another one is given."""
+MOST_JOBS = 1000
+
+
+class ResumableTrial:
+    """The function of a job. ``checkpoint`` lets submitit queue the job again before SLURM ends it,
+    at its time limit or to make room for others; the trial then resumes."""
+
+    def __call__(self, trial: Trial) -> None:
+        """Run the trial."""
+        run_logged(trial)
+
+    def checkpoint(self, trial: Trial) -> Any:
+        """What the job runs when it starts again: the same."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, trial)
+
+
+@dataclass(frozen=True)
+class SlurmRun:
+    """A trial in a SLURM job.
+
+    Args:
+        trial: what runs.
+        job: submitit's view of its job.
+    """
+
+    trial: Trial
+    job: Any
+
+    def ended(self) -> bool:
+        """Whether the job has ended."""
+        if not self.job.done():
+            return False
+        # A network file system looks for new files when a folder is listed.
+        os.listdir(self.trial.folder)
+        return True
+
+    def end(self) -> str:
+        """How it ended."""
+        state = self.job.watcher.get_state(self.job.job_id, mode="force")
+        return f"its SLURM job {self.job.job_id} ended ({state}), see log.txt and slurm/"
+
+
+class SlurmJobs:
+    """Runs each trial as a SLURM job of its own.
+
+    A job that is queued or runs when this starts, of a runner that was stopped, is not submitted a
+    second time.
+
+    Args:
+        jobs: the number of jobs in the queue at the same time; None for all that can start.
+        threads: CPU threads of each job; None for ``cpus_per_task``.
+        options: options of sbatch by name, with ``_`` for ``-``; ``time`` in minutes.
+        cluster: an executor of submitit.
+
+    Raises:
+        ConfigError: if submitit or a command of SLURM is missing, or an option is wrong.
+    """
+
+    poll_seconds = 2.0
+
+    def __init__(
+        self,
+        jobs: int | None,
+        threads: int | None,
+        options: Mapping[str, Any],
+        cluster: str = "slurm",
+    ) -> None:
+        try:
+            import submitit
+        except ModuleNotFoundError as error:
+            remedy = f"needs submitit; pip install {SUBMITIT}"
+            raise ConfigError("executor", "slurm", remedy) from error
+        missing = [name for name in COMMANDS if shutil.which(name) is None]
+        if cluster == "slurm" and missing:
+            remedy = f"{missing[0]} was not found; run this on a login node of the cluster"
+            raise ConfigError("executor", "slurm", remedy)
+        self.jobs = MOST_JOBS if jobs is None else jobs
+        self.threads = threads or options.get("cpus_per_task", 1)
+        self.cluster = cluster
+        self._submitit = submitit
+        self._options = {"time": MINUTES, **options}
+        for key in ("time", "cpus_per_task"):
+            value = self._options.get(key, 1)
+            if type(value) is not int or value < 1:
+                unit = "minutes" if key == "time" else "CPU cores"
+                raise ConfigError(f"slurm.{key}", value, f"must be a whole number of {unit}")
+        valid = submitit.SlurmExecutor._valid_parameters()
+        for key, value in options.items():
+            if key not in valid:
+                remedy = f"no such option; there is {', '.join(sorted(valid))}"
+                raise ConfigError(f"slurm.{key}", value, remedy)
+
+    def start(self, trial: Trial, running: Sequence[Any]) -> SlurmRun:
+        """Submit a trial, or find the job that already runs it.
+
+        Raises:
+            UserError: if SLURM refuses the job.
+        """
+        folder, note = trial.path / "slurm", trial.path / "slurm.json"
+        known = read_json(note)
+        if known is not None and self.cluster == "slurm":
+            old: Any = self._submitit.SlurmJob(folder, known["job"])
+            # SLURM knows no state of a job that ended long ago.
+            if not old.done(force_check=True) and old.state != "UNKNOWN":
+                return SlurmRun(trial, old)
+        executor = self._submitit.AutoExecutor(folder, cluster=self.cluster)
+        exports = [f"export {k}={shlex.quote(v)}" for k, v in environment(self.threads).items()]
+        options = {"job_name": f"{trial.variant}-{trial.seed}", **self._options}
+        options["setup"] = [*exports, *options.get("setup", [])]
+        executor.update_parameters(**{f"slurm_{key}": value for key, value in options.items()})
+        try:
+            job = executor.submit(ResumableTrial(), trial)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1:]
+            raise UserError(f"slurm = {dict(self._options)}: {''.join(reason)}") from error
+        write_json(note, {"job": job.job_id})
+        return SlurmRun(trial, job)
+
+    def stop(self, running: Sequence[Any]) -> None:
+        """Leave the jobs in the queue and say so."""
+        if running:
+            ids = " ".join(run.job.job_id for run in running)
+            print(f"SLURM jobs continue; to end them: scancel {ids}", file=sys.stderr)
