@@ -1,6 +1,6 @@
 """SLURM's commands for tests: jobs are processes of this machine, states are files.
 
-``install`` writes ``sbatch``, ``srun``, ``sacct`` and ``squeue`` into a folder for PATH.
+``install`` writes ``sbatch``, ``srun`` and ``sacct`` into a folder for PATH.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 COMMANDS = ("sbatch", "srun", "sacct")
@@ -28,7 +29,8 @@ def sbatch(script: str) -> None:
     home, text = Path(os.environ["FAKE_SLURM"]), Path(script).read_text()
     if "--partition=none" in text:
         sys.exit("sbatch: error: Batch job submission failed: Invalid partition name specified")
-    job = str(1000 + len([*home.glob("*.sh")]))
+    # Never an id of an earlier test: submitit remembers how jobs ended.
+    job = str(time.time_ns())
     (home / f"{job}.sh").write_text(text)
     state = home / f"{job}.state"
     state.write_text("RUNNING")
