@@ -62,7 +62,7 @@ def ablate(
         overrides: Changes of the base for all variants, e.g. '{data.source: texts/}'.
         out: Folder for the runs and the table. Default: the plan's.
         check: Build every variant's config and stop before anything runs.
-        executor: Where the runs are: processes of this machine, or jobs of a SLURM cluster.
+        executor: local = processes of this machine, slurm = jobs of a SLURM cluster.
         slurm: Options of sbatch for each run, e.g. '{partition: gpu, gpus_per_node: 1,
             cpus_per_task: 8, time: 720}' with time in minutes. Default: time: 1440.
     """

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 COMMANDS = ("sbatch", "srun", "sacct")
@@ -58,7 +59,7 @@ def srun(*args: str) -> None:
 def sacct(*args: str) -> None:
     """Print the states of the jobs that are asked for."""
     print("JobID|State|NodeList")
-    for name, job in zip(args, args[1:], strict=False):
+    for name, job in pairwise(args):
         state = Path(os.environ["FAKE_SLURM"], f"{job}.state")
         if name == "-j" and state.exists():
             print(f"{job}|{state.read_text()}|node1")

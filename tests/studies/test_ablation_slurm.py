@@ -24,6 +24,7 @@ from memorizing_transformers.errors import ConfigError, UserError
 
 pytest.importorskip("submitit")
 
+ROOT = Path(__file__).parent.parent.parent
 BUDGET = {"tokens": 2 * 64}
 EVALUATED: list[dict[str, Any]] = [
     {"name": "larger", "overrides": {"model.memory.size": 64}, "run": "evaluate"},
@@ -45,6 +46,7 @@ def trial_in(folder: Path, name: str = "x") -> Trial:
     return Trial(name, 0, str(folder / name), "", {}, {}, True, None, "test")
 
 
+@pytest.mark.slow
 def test_a_plan_runs_as_jobs_and_leaves_the_files_of_a_local_one(
     cluster: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +148,11 @@ def test_jobs_are_left_in_the_queue(capsys: pytest.CaptureFixture[str], cluster:
 def test_wrong_options_are_refused(options: dict[str, Any], said: str, cluster: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         make_executor("slurm", None, None, options)
+
+
+def test_submitit_has_one_version() -> None:
+    for name in ("requirements-dev.txt", "pyproject.toml"):
+        assert slurm.SUBMITIT in (ROOT / name).read_text()
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

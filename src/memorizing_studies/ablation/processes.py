@@ -121,7 +121,7 @@ class FinishedRun:
     trial: Trial
 
     def ended(self) -> bool:
-        """It has."""
+        """Always: ``start`` has run it."""
         return True
 
     def end(self) -> str:
@@ -144,7 +144,7 @@ class ThisProcess:
         return FinishedRun(trial)
 
     def stop(self, running: Sequence[Any]) -> None:
-        """Nothing runs."""
+        """Do nothing: no trial runs outside of ``start``."""
 
 
 def end_with(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""Runs a plan: each variant once with each seed, side by side if told so, never twice."""
+"""Runs the trials of a plan. A trial that has finished never runs again."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .table import write_outcome
 from .trial import Trial
 
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
-"""Between two states of the progress bar."""
+"""Seconds between two updates of the progress bar."""
 
 
 def make_trials(plan: Plan) -> list[Trial]:
-    """Every trial, those first that others start from, each noted in its folder.
+    """All trials, each after the trial that it starts from, and each written to its folder.
 
     Raises:
-        UserError: where a config cannot work, a folder holds a trial of another config, or the
-            plan's folder cannot be written.
+        UserError: if a config cannot work, a folder holds a trial of another config, or the plan's
+            folder cannot be written.
     """
     out, trials = Path(plan.out), []
     order = sorted(plan.variants, key=lambda variant: _depth(plan, variant.name))
@@ -70,6 +70,7 @@ def make_trials(plan: Plan) -> list[Trial]:
 
 
 def _depth(plan: Plan, name: str) -> int:
+    """How many other trials a trial needs first."""
     source = plan.variant(name).source
     return 0 if source is None else 1 + _depth(plan, source)
 
@@ -77,15 +78,15 @@ def _depth(plan: Plan, name: str) -> int:
 def _check_unchanged(trial: Trial, now: dict[str, Any]) -> None:
     path = trial.path / "trial.json"
     try:
-        noted = read_json(path)
-        before = now if noted is None else dict(noted["asked"])
+        found = read_json(path)
+        before = now if found is None else dict(found["asked"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; delete that folder, or give another --out") from error
     changed = [key for key in now if now[key] != before.get(key)]
     if changed:
         key = changed[0]
         raise UserError(
-            f"variants.{trial.variant}: {key} = {now[key]!r}, but {trial.folder} was begun with "
+            f"variants.{trial.variant}: {key} = {now[key]!r}, but {trial.folder} was started with "
             f"{before.get(key)!r}; give another --out, or delete that folder"
         )
 
@@ -95,28 +96,28 @@ class Run(Protocol):
 
     @property
     def trial(self) -> Trial:
-        """Which one."""
+        """The trial."""
 
     def ended(self) -> bool:
         """Whether it has ended."""
 
     def end(self) -> str:
-        """How it ended, for a trial that left neither a result nor a reason."""
+        """How it ended, for a trial that has written neither a result nor a failure."""
 
 
 class Executor(Protocol):
-    """Where trials run: ``ThisProcess``, ``Processes``, ``SlurmJobs``."""
+    """Where trials run: ``ThisProcess``, ``Processes`` or ``SlurmJobs``."""
 
     jobs: int
     """The number of trials at the same time."""
     poll_seconds: float
-    """Between two looks at what has ended."""
+    """Seconds between two checks for trials that have ended."""
 
     def start(self, trial: Trial, running: Sequence[Any]) -> Run:
-        """Start a trial next to those that run."""
+        """Start a trial; ``running`` are those that run already."""
 
     def stop(self, running: Sequence[Any]) -> None:
-        """What happens to those that run when the runner stops."""
+        """End, or leave, the trials that run when the runner stops."""
 
 
 class Runner:
@@ -134,7 +135,7 @@ class Runner:
         self._finished = {trial.folder for trial in trials if trial.result is not None}
 
     def run(self) -> None:
-        """Run what is not finished. The others continue when a trial fails."""
+        """Run the trials that are not finished. If one fails, the others still run."""
         waiting = [trial for trial in self.trials if trial.folder not in self._finished]
         for trial in waiting:
             (trial.path / "failed.json").unlink(missing_ok=True)
@@ -154,7 +155,7 @@ class Runner:
                 self.executor.stop(self._running)
 
     def _start(self, trial: Trial, bar: Any) -> bool:
-        """Start a trial, or let it fail with its source; False if it has to wait."""
+        """Start a trial, or let it fail if its source failed; False if it has to wait."""
         if trial.source is not None and trial.source not in self._finished:
             return False
         if trial.source is not None and not Path(trial.source, "trained.json").is_file():

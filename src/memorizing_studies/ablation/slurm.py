@@ -26,13 +26,15 @@ from .trial import Trial, run_logged
 SUBMITIT = "submitit==1.5.4"
 COMMANDS = ("sbatch", "srun", "sacct")
 MINUTES = 24 * 60
-"""Time limit of a job, unless another one is given."""
+"""Default time limit of a job."""
 MOST_JOBS = 1000
 
 
 class ResumableTrial:
-    """The function of a job. ``checkpoint`` lets submitit queue the job again before SLURM ends it,
-    at its time limit or to make room for others; the trial then resumes."""
+    """The function that a job runs.
+
+    Because of ``checkpoint``, submitit queues the job again at its time limit, at most three times,
+    and when it is preempted; the trial then resumes from its newest checkpoint."""
 
     def __call__(self, trial: Trial) -> None:
         """Run the trial."""
@@ -74,14 +76,13 @@ class SlurmRun:
 class SlurmJobs:
     """Runs each trial as a SLURM job of its own.
 
-    A job that is queued or runs when this starts, of a runner that was stopped, is not submitted a
-    second time.
+    If a trial has a job in the queue already, of a runner that was stopped, ``start`` finds it.
 
     Args:
-        jobs: the number of jobs in the queue at the same time; None for all that can start.
-        threads: CPU threads of each job; None for ``cpus_per_task``.
-        options: options of sbatch by name, with ``_`` for ``-``; ``time`` in minutes.
-        cluster: an executor of submitit.
+        jobs: the number of jobs in the queue at the same time. None: all that can start.
+        threads: CPU threads of each job. None: ``cpus_per_task``.
+        options: options of sbatch by name, with ``_`` for ``-``. ``time`` is in minutes.
+        cluster: the name of submitit's executor; tests use ``debug``.
 
     Raises:
         ConfigError: if submitit or a command of SLURM is missing, or an option is wrong.
@@ -114,7 +115,9 @@ class SlurmJobs:
             value = self._options.get(key, 1)
             if type(value) is not int or value < 1:
                 unit = "minutes" if key == "time" else "CPU cores"
-                raise ConfigError(f"slurm.{key}", value, f"must be a whole number of {unit}")
+                raise ConfigError(
+                    f"slurm.{key}", value, f"must be an integer number of {unit}, at least 1"
+                )
         valid = submitit.SlurmExecutor._valid_parameters()
         for key, value in options.items():
             if key not in valid:
@@ -127,11 +130,11 @@ class SlurmJobs:
         Raises:
             UserError: if SLURM refuses the job.
         """
-        folder, note = trial.path / "slurm", trial.path / "slurm.json"
-        known = read_json(note)
+        folder, id_file = trial.path / "slurm", trial.path / "slurm.json"
+        known = read_json(id_file)
         if known is not None and self.cluster == "slurm":
             old: Any = self._submitit.SlurmJob(folder, known["job"])
-            # SLURM knows no state of a job that ended long ago.
+            # SLURM forgets jobs that ended long ago; their state is UNKNOWN.
             if not old.done(force_check=True) and old.state != "UNKNOWN":
                 return SlurmRun(trial, old)
         executor = self._submitit.AutoExecutor(folder, cluster=self.cluster)
@@ -144,7 +147,7 @@ class SlurmJobs:
         except Exception as error:
             reason = str(error).strip().splitlines()[-1:]
             raise UserError(f"slurm = {dict(self._options)}: {''.join(reason)}") from error
-        write_json(note, {"job": job.job_id})
+        write_json(id_file, {"job": job.job_id})
         return SlurmRun(trial, job)
 
     def stop(self, running: Sequence[Any]) -> None:

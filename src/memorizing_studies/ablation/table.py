@@ -1,4 +1,4 @@
-"""What a plan shows: a table as Markdown and CSV, a plot, TensorBoard's hparams."""
+"""The results of a plan: a table as Markdown and CSV, a plot, TensorBoard's HPARAMS page."""
 
 from __future__ import annotations
 
@@ -36,28 +36,29 @@ FIGURES = (
     "tokens",
     "parameters",
 )
-"""Of a trial, as ``result.json`` names them."""
+"""Figures of a trial, by their names in ``result.json``."""
 RELATIVE = ("train_tokens_per_second", "train_step_ms", "eval_tokens_per_second", "eval_step_ms")
-"""Those that also stand in the table as a multiple of the base's."""
+"""Figures that the table also shows as a multiple of the reference's."""
 
 
 @dataclass
 class Row:
-    """A variant over its seeds."""
+    """The figures of a variant over its seeds."""
 
     name: str
     how: str
     mean: dict[str, float]
     spread: dict[str, float]
-    """Sample standard deviation over seeds, where there are several and all are finite."""
+    """Sample standard deviation over seeds, if there are several and all figures are finite."""
     seeds: int
     difference: Difference | None = None
     failures: tuple[str, ...] = ()
 
 
 def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
-    """Every variant's figures over the seeds that came to an end, and its difference to the
-    reference over the seeds that both have."""
+    """A row for each variant, from the seeds that have finished.
+
+    The difference to the reference is over the seeds that have finished for both."""
     by_place = {(trial.variant, trial.seed): trial for trial in trials}
     documents = {
         place: losses
@@ -119,7 +120,7 @@ def _times(row: Row, reference: Row, key: str, form: str) -> str:
 
 
 def markdown(plan: Plan, rows: Sequence[Row]) -> str:
-    """The table for people."""
+    """The table as Markdown."""
     reference = _reference(plan, rows)
     heads = ["variant", "run", "perplexity", "bits per byte", "accuracy %", "Δ loss (p)",
              "training tokens/s", "step ms", "evaluation tokens/s", "search ms",
@@ -150,10 +151,10 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     notes = [
         f"Base: `{plan.base}`; split: {plan.split}; seeds: {seeds}; ± is the sample "
         "standard deviation over seeds.",
-        f"Δ loss: nats per token against {plan.reference}, below 0 is better; p by a sign-flip "
-        f"test over {tests[0] if tests else 0} documents, averaged over seeds. Left out where a "
+        f"Δ loss: nats per token against {plan.reference}, below 0 is better; p from a sign-flip "
+        f"test over {tests[0] if tests else 0} documents, averaged over seeds. Empty if a "
         "variant did not read the same tokens.",
-        "Search ms and recall: of a batch of the evaluation.",
+        "Search ms: per batch of the evaluation. Recall: of the evaluation.",
     ]
     failures = [f"- {row.name}, {why}" for row in rows for why in row.failures]
     parts = [f"# {Path(plan.out).resolve().name}", "\n".join(lines), *notes]
@@ -163,7 +164,7 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
 
 
 def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
-    """The table for programs: means, spreads, multiples of the reference's, the paired test."""
+    """The table as CSV: means, spreads, multiples of the reference's, the paired test."""
     names = ["variant", "run", "seeds"]
     for key in FIGURES:
         names += [key, f"{key}_std"]
@@ -185,7 +186,7 @@ def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
 
 
 def write_trials(path: Path, trials: Sequence[Trial]) -> None:
-    """The raw results: a line for each variant and seed."""
+    """The raw results: a row for each variant and seed."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
             file, ["variant", "seed", *FIGURES, "failure"], extrasaction="ignore"
@@ -197,7 +198,7 @@ def write_trials(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
-    """Perplexity of every variant, with its spread over seeds, and the reference as a line."""
+    """Plot the perplexity of each variant with its spread over seeds, the reference as a line."""
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if math.isfinite(row.mean.get("perplexity", math.nan))]
@@ -219,7 +220,7 @@ def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
 
 
 def write_hparams(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None:
-    """An HPARAMS page that lists what the variants change, with the figures of every trial."""
+    """TensorBoard's HPARAMS page: the keys that variants change and the figures of each trial."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
