@@ -1,6 +1,6 @@
 """SLURM's commands for tests: jobs are processes of this machine, states are files.
 
-``install`` writes ``sbatch``, ``srun`` and ``sacct`` into a folder for PATH.
+``install`` writes them into a folder for PATH.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-COMMANDS = ("sbatch", "srun", "sacct")
+COMMANDS = ("sbatch", "srun", "sacct", "scontrol")
 
 
 def install(folder: Path) -> Path:
@@ -35,7 +35,14 @@ def sbatch(script: str) -> None:
     (home / f"{job}.sh").write_text(text)
     state = home / f"{job}.state"
     state.write_text("RUNNING")
-    run = f'bash "{home / job}.sh" && s=COMPLETED || s=FAILED; printf $s > "{state}"'
+    again = home / f"{job}.again"
+    run = f"""
+        while true; do
+            bash "{home / job}.sh" && end=COMPLETED || end=FAILED
+            rm "{again}" || break
+        done
+        printf $end > "{state}"
+    """
     # The environment of the cluster's machines has no PYTHONPATH.
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     variables |= {"SLURM_JOB_ID": job, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
@@ -53,7 +60,15 @@ def srun(*args: str) -> None:
     at = args.index("--error") + 2
     output = args[args.index("--output") + 1].replace("%j", os.environ["SLURM_JOB_ID"])
     with Path(output.replace("%t", "0")).open("a") as file:
-        sys.exit(subprocess.call(args[at:], stdout=file, stderr=file))
+        process = subprocess.Popen(args[at:], stdout=file, stderr=file)
+        Path(os.environ["FAKE_SLURM"], "newest.pid").write_text(str(process.pid))
+        sys.exit(process.wait())
+
+
+def scontrol(requeue: str, job: str) -> None:
+    """Let a job start again when it has ended."""
+    assert requeue == "requeue"
+    Path(os.environ["FAKE_SLURM"], f"{job}.again").touch()
 
 
 def sacct(*args: str) -> None:
@@ -66,4 +81,6 @@ def sacct(*args: str) -> None:
 
 
 if __name__ == "__main__":
-    {"sbatch": sbatch, "srun": srun, "sacct": sacct}[sys.argv[1]](*sys.argv[2:])
+    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "scontrol": scontrol}[sys.argv[1]](
+        *sys.argv[2:]
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,33 @@ def test_jobs_of_a_killed_runner_are_found_again(cluster: Path, base: Path, tmp_
     # One job for each trial: the base's is that of the runner that was killed.
     scripts = [path.read_text() for path in sorted(cluster.glob("*.sh"))]
     assert ["--time=1440\n" in script for script in scripts] == [True, False]
+
+
+@pytest.mark.slow
+def test_a_job_at_its_time_limit_is_queued_again_and_resumes(
+    cluster: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    plan = write_plan(tmp_path / "plan.yaml", base, out, budget={"tokens": 80 * 64})
+    trial = make_trials(load_plan(plan))[0]
+    run = SlurmJobs(1, None, {}).start(trial, [])
+    deadline = time.monotonic() + 300
+    while not [*trial.path.glob("version_0/checkpoints/*.ckpt/manifest.json")]:
+        assert time.monotonic() < deadline
+        assert not run.ended()
+        time.sleep(0.02)
+    os.kill(int((cluster / "newest.pid").read_text()), signal.SIGUSR2)
+    while not run.ended():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert trial.failure is None
+    assert trial.result is not None
+    assert trial.result["train_steps"] == 80
+    # One job, which began twice and trained in one folder.
+    assert len([*cluster.glob("*.sh")]) == 1
+    assert not (trial.path / "version_1").exists()
+    printed = "".join(path.read_text() for path in trial.path.glob("slurm/*_log.*"))
+    assert printed.count("Loading pickle") == 2
 
 
 @pytest.mark.parametrize(
