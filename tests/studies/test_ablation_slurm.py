@@ -71,6 +71,7 @@ def test_a_plan_runs_as_jobs_and_leaves_the_files_of_a_local_one(
             assert f"#SBATCH {line}\n" in script
         assert "export OMP_NUM_THREADS=3\n" in script
         assert "export PYTHONPATH=" in script
+        assert "export SRUN_CPUS_PER_TASK=3\n" in script
         assert "--gpus" not in script
 
 
@@ -168,9 +169,14 @@ def test_jobs_are_left_in_the_queue(capsys: pytest.CaptureFixture[str], cluster:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"partion": "gpu"}, r"slurm\.partion = 'gpu': no such option; there is .*partition"),
+        (
+            {"partion": "gpu"},
+            r"slurm = .*partion.*: Unknown argument 'partion'.*Valid arguments: .*partition",
+        ),
         ({"time": "1-00:00:00"}, r"slurm\.time = '1-00:00:00': must be .*minutes"),
         ({"cpus_per_task": 0}, r"slurm\.cpus_per_task = 0"),
+        ({"additional_parameters": 3}, r"slurm = \{'additional_parameters': 3\}: "),
+        ({"setup": "module load cuda"}, r"slurm\.setup = .*list"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], said: str, cluster: Path) -> None:

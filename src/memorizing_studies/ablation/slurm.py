@@ -15,9 +15,10 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from memorizing_transformers.errors import ConfigError, UserError
+from memorizing_transformers.errors import ConfigError
 
 from .json_files import read_json, write_json
 from .processes import environment
@@ -27,7 +28,6 @@ SUBMITIT = "submitit==1.5.4"
 COMMANDS = ("sbatch", "srun", "sacct")
 MINUTES = 24 * 60
 """Default time limit of a job."""
-MOST_JOBS = 1000
 
 
 class ResumableTrial:
@@ -106,29 +106,34 @@ class SlurmJobs:
         if cluster == "slurm" and missing:
             remedy = f"{missing[0]} was not found; run this on a login node of the cluster"
             raise ConfigError("executor", "slurm", remedy)
-        self.jobs = MOST_JOBS if jobs is None else jobs
-        self.threads = threads or options.get("cpus_per_task", 1)
+        self.jobs = jobs or sys.maxsize
         self.cluster = cluster
         self._submitit = submitit
-        self._options = {"time": MINUTES, **options}
-        for key in ("time", "cpus_per_task"):
-            value = self._options.get(key, 1)
+        self._options = {"time": MINUTES, "cpus_per_task": 1, "setup": [], **options}
+        for key, unit in (("time", "minutes"), ("cpus_per_task", "CPU cores")):
+            value = self._options[key]
             if type(value) is not int or value < 1:
-                unit = "minutes" if key == "time" else "CPU cores"
-                raise ConfigError(
-                    f"slurm.{key}", value, f"must be an integer number of {unit}, at least 1"
-                )
-        valid = submitit.SlurmExecutor._valid_parameters()
-        for key, value in options.items():
-            if key not in valid:
-                remedy = f"no such option; there is {', '.join(sorted(valid))}"
-                raise ConfigError(f"slurm.{key}", value, remedy)
+                raise ConfigError(f"slurm.{key}", value, f"must be a number of {unit}, at least 1")
+        setup = self._options["setup"]
+        if not isinstance(setup, list) or not all(isinstance(line, str) for line in setup):
+            raise ConfigError("slurm.setup", setup, "must be a list of shell commands")
+        self.threads = threads or self._options["cpus_per_task"]
+        try:
+            self._executor(Path(), self._options)
+        except (NameError, TypeError, ValueError) as error:
+            raise ConfigError("slurm", dict(options), str(error).splitlines()[0]) from error
+
+    def _executor(self, folder: Path, options: Mapping[str, Any]) -> Any:
+        """submitit's executor of jobs with these options, which checks their names and types."""
+        executor = self._submitit.AutoExecutor(folder, cluster=self.cluster)
+        executor.update_parameters(**{f"slurm_{key}": value for key, value in options.items()})
+        return executor
 
     def start(self, trial: Trial, running: Sequence[Any]) -> SlurmRun:
         """Submit a trial, or find the job that already runs it.
 
         Raises:
-            UserError: if SLURM refuses the job.
+            ConfigError: if SLURM refuses the job.
         """
         folder, id_file = trial.path / "slurm", trial.path / "slurm.json"
         known = read_json(id_file)
@@ -137,16 +142,17 @@ class SlurmJobs:
             # SLURM forgets jobs that ended long ago; their state is UNKNOWN.
             if not old.done(force_check=True) and old.state != "UNKNOWN":
                 return SlurmRun(trial, old)
-        executor = self._submitit.AutoExecutor(folder, cluster=self.cluster)
-        exports = [f"export {k}={shlex.quote(v)}" for k, v in environment(self.threads).items()]
-        options = {"job_name": f"{trial.variant}-{trial.seed}", **self._options}
-        options["setup"] = [*exports, *options.get("setup", [])]
-        executor.update_parameters(**{f"slurm_{key}": value for key, value in options.items()})
+        variables = environment(self.threads)
+        # Newer versions of srun do not take it from the options of sbatch.
+        variables["SRUN_CPUS_PER_TASK"] = str(self._options["cpus_per_task"])
+        exports = [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
+        own: dict[str, Any] = {"job_name": f"{trial.variant}-{trial.seed}"}
+        own["setup"] = [*exports, *self._options["setup"]]
         try:
-            job = executor.submit(ResumableTrial(), trial)
-        except Exception as error:
+            job = self._executor(folder, {**self._options, **own}).submit(ResumableTrial(), trial)
+        except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1:]
-            raise UserError(f"slurm = {dict(self._options)}: {''.join(reason)}") from error
+            raise ConfigError("slurm", self._options, "".join(reason)) from error
         write_json(id_file, {"job": job.job_id})
         return SlurmRun(trial, job)
 

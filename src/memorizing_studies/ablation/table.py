@@ -8,7 +8,7 @@ import shutil
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Row:
     spread: dict[str, float]
     """Sample standard deviation over seeds, if there are several and all figures are finite."""
     seeds: int
+    relative: dict[str, float] = field(default_factory=dict)
+    """Figures of ``RELATIVE`` as multiples of the reference's."""
     difference: Difference | None = None
     failures: tuple[str, ...] = ()
 
@@ -93,18 +95,11 @@ def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
                 [documents[plan.reference, seed] for seed in both],
             )
         rows.append(row)
+    reference = next(row.mean for row in rows if row.name == plan.reference)
+    for row in rows:
+        keys = [key for key in RELATIVE if key in row.mean and reference.get(key)]
+        row.relative = {key: row.mean[key] / reference[key] for key in keys}
     return rows
-
-
-def relative(row: Row, reference: Row, key: str) -> float | None:
-    """A figure as a multiple of the reference's."""
-    if key not in row.mean or not reference.mean.get(key):
-        return None
-    return row.mean[key] / reference.mean[key]
-
-
-def _reference(plan: Plan, rows: Sequence[Row]) -> Row:
-    return next(row for row in rows if row.name == plan.reference)
 
 
 def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
@@ -114,14 +109,13 @@ def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
     return f"{text} ± {format(scale * row.spread[key], form)}" if key in row.spread else text
 
 
-def _times(row: Row, reference: Row, key: str, form: str) -> str:
-    factor = relative(row, reference, key)
-    return _cell(row, key, form) + ("" if factor is None else f" ({factor:.2f} x)")
+def _relative_cell(row: Row, key: str, form: str) -> str:
+    multiple = f" ({row.relative[key]:.2f} x)" if key in row.relative else ""
+    return _cell(row, key, form) + multiple
 
 
 def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    reference = _reference(plan, rows)
     heads = ["variant", "run", "perplexity", "bits per byte", "accuracy %", "Δ loss (p)",
              "training tokens/s", "step ms", "evaluation tokens/s", "search ms",
              "recall"]  # fmt: skip
@@ -139,9 +133,9 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
             _cell(row, "bits_per_byte", ".4f"),
             _cell(row, "accuracy", ".2f", 100),
             difference,
-            _times(row, reference, "train_tokens_per_second", ",.0f"),
-            _times(row, reference, "train_step_ms", ".1f"),
-            _times(row, reference, "eval_tokens_per_second", ",.0f"),
+            _relative_cell(row, "train_tokens_per_second", ",.0f"),
+            _relative_cell(row, "train_step_ms", ".1f"),
+            _relative_cell(row, "eval_tokens_per_second", ",.0f"),
             _cell(row, "eval_search_ms", ".1f"),
             _cell(row, "recall", ".3f"),
         ]
@@ -163,21 +157,20 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """The table as CSV: means, spreads, multiples of the reference's, the paired test."""
     names = ["variant", "run", "seeds"]
     for key in FIGURES:
         names += [key, f"{key}_std"]
     names += [f"{key}_relative" for key in RELATIVE]
     names += ["loss_difference", "loss_difference_std", "p_value", "documents", "failures"]
-    reference = _reference(plan, rows)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for row in rows:
             record: dict[str, Any] = {"variant": row.name, "run": row.how, "seeds": row.seeds}
             record |= row.mean | {f"{key}_std": value for key, value in row.spread.items()}
-            record |= {f"{key}_relative": relative(row, reference, key) for key in RELATIVE}
+            record |= {f"{key}_relative": value for key, value in row.relative.items()}
             if row.difference is not None:
                 loss, p_value, documents, spread = row.difference
                 record |= {"loss_difference": loss, "loss_difference_std": spread}
@@ -247,7 +240,7 @@ def write_outcome(plan: Plan, trials: Sequence[Trial]) -> str:
     out, rows = Path(plan.out), make_rows(plan, trials)
     table = markdown(plan, rows)
     (out / "table.md").write_text(table, encoding="utf-8")
-    write_csv(out / "table.csv", plan, rows)
+    write_csv(out / "table.csv", rows)
     write_trials(out / "trials.csv", trials)
     draw(out / "plot.png", plan, rows)
     write_hparams(out / "tensorboard", plan, trials)
