@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from memorizing_studies.ablation.plan import build, check, resolve
+from memorizing_studies.ablation.plan import build, check
 from memorizing_studies.ablation.plan_file import load_plan
 from memorizing_transformers.__main__ import main
 from memorizing_transformers.errors import UserError
@@ -223,7 +223,7 @@ def test_header_names_the_command(path: Path) -> None:
 
 def test_seeds_change_only_weights_and_document_order(base: Path, tmp_path: Path) -> None:
     plan = load_plan(write(tmp_path / "plan.yaml", base, seeds=[0, 1]))
-    one, other = (resolve(plan, plan.variants[1], seed) for seed in plan.seeds)
+    one, other = (build(plan, plan.variants[1], seed)[1] for seed in plan.seeds)
     assert {k for k in one if one[k] != other[k]} == {"seed_everything", "data.seed"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from plans import write_plan
 
-from memorizing_studies.ablation.plan import resolve
+from memorizing_studies.ablation.plan import build
 from memorizing_studies.ablation.plan_file import load_plan
 from memorizing_studies.ablation.runner import make_trials
 from memorizing_studies.ablation.trial import train
@@ -23,7 +23,7 @@ def steps(folder: Path, base: Path, overrides: dict[str, Any], /, **plan: Any) -
     """The steps of a variant with these overrides."""
     variants = [{"name": "x", "overrides": overrides}]
     loaded = load_plan(write_plan(folder / "plan.yaml", base, folder, variants=variants, **plan))
-    found = resolve(loaded, loaded.variant("x"), 0)
+    found = build(loaded, loaded.variant("x"), 0)[1]
     assert found["trainer.max_time"] is None
     return int(found["trainer.max_steps"])
 

@@ -115,8 +115,6 @@ class Evaluation(Callback):
         self._searches: list[MeasuredSearch] = []
         self._seconds: list[float] = []
         self._began = 0.0
-        self._recall_seconds = 0.0
-        """Time for recall before the current batch."""
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         tokenizer = trainer.datamodule.text_tokenizer
@@ -128,9 +126,8 @@ class Evaluation(Callback):
     def _before(
         self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._recall_seconds = self._recall_time()
         wait_for(pl_module.device)
-        self._began = time.perf_counter()
+        self._began = self._clock()
 
     def _after(
         self,
@@ -142,8 +139,7 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         wait_for(pl_module.device)
-        taken = time.perf_counter() - self._began
-        self._seconds.append(taken + self._recall_seconds - self._recall_time())
+        self._seconds.append(self._clock() - self._began)
         losses, targets = outputs["nll"].double().sum(1).tolist(), batch.targets.cpu().numpy()
         inputs = batch.input_ids.cpu().numpy()
         for row, document in enumerate(batch.document.tolist()):
@@ -156,8 +152,9 @@ class Evaluation(Callback):
             checksum = zlib.crc32(read.tobytes(), int(checksum))
             self.documents[document] = [tokens + len(read), loss + losses[row], checksum]
 
-    def _recall_time(self) -> float:
-        return sum(search.recall_seconds for search in self._searches)
+    def _clock(self) -> float:
+        """Seconds, without the time that measuring recall took."""
+        return time.perf_counter() - sum(search.recall_seconds for search in self._searches)
 
     on_test_start = on_validation_start = _start
     on_test_batch_start = on_validation_batch_start = _before

@@ -179,11 +179,6 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
     return cli, {**found, **settings, **limits}
 
 
-def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
-    """Every value of a variant's config, as ``build`` finds them."""
-    return build(plan, variant, seed)[1]
-
-
 def _plain(value: Any) -> Any:
     """The value as JSON stores it."""
     if isinstance(value, Namespace):
@@ -196,9 +191,9 @@ def _plain(value: Any) -> Any:
 
 
 def check(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The resolved config of every variant, with the first seed.
+    """Every config value of each variant, by its name, with the first seed.
 
     Raises:
         UserError: if one cannot work.
     """
-    return {variant.name: resolve(plan, variant, plan.seeds[0]) for variant in plan.variants}
+    return {variant.name: build(plan, variant, plan.seeds[0])[1] for variant in plan.variants}

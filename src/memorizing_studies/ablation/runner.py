@@ -14,7 +14,7 @@ from tqdm import tqdm
 from memorizing_transformers.errors import ConfigError, UserError
 
 from .json_files import read_json
-from .plan import Plan, resolve
+from .plan import Plan, check
 from .processes import Processes, ThisProcess
 from .slurm import SlurmJobs
 from .table import write_outcome
@@ -33,7 +33,7 @@ def make_trials(plan: Plan) -> list[Trial]:
     """
     out, trials = Path(plan.out), []
     order = sorted(plan.variants, key=lambda variant: _depth(plan, variant.name))
-    configs = {variant.name: resolve(plan, variant, plan.seeds[0]) for variant in order}
+    configs = check(plan)
     asked: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in plan.seeds:
         for variant in order:
