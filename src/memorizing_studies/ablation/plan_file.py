@@ -115,10 +115,7 @@ def _variant(given: Any, number: int) -> Variant:
     found = _known(Variant, given, where, "from")
     name = found.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        remedy = (
-            "must be text of letters, digits and . _ + - only; put it in quotes if YAML reads a "
-            "number or a boolean"
-        )
+        remedy = "may have letters, digits and . _ + - only; put numbers and booleans in quotes"
         raise ConfigError(f"{where}.name", name, remedy)
     if len(name.encode()) > LONGEST_NAME:
         remedy = f"must be at most {LONGEST_NAME} bytes, as it names a folder"
