@@ -90,4 +90,25 @@ def ablate(
         sys.exit(1)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "ablate": ablate}
+def suffix_cache(predictions: str, window: int | None = None) -> None:
+    """Show what a cache of exact repetitions adds to a model that is not trained for it.
+
+    Reads what `python train.py predict` wrote, so it fits every model, and prints the perplexity
+    of each document with the cache and without. A memory should be better than this.
+
+    Example: python -m memorizing_transformers suffix-cache --predictions predictions.parquet
+
+    Args:
+        predictions: A predictions.parquet, or a folder of its parts.
+        window: Tokens back to which repetitions count. Default: the complete document.
+    """
+    from .rivals.suffix_cache import suffix_cache as show
+
+    show(predictions, window)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": inspect,
+    "ablate": ablate,
+    "suffix-cache": suffix_cache,
+}
