@@ -57,10 +57,8 @@ class SuffixCache:
             for place in self._places.get(tuple(text[-order:]), ())[-PER_ORDER:]:
                 if place < here - self.window or place in lengths:
                     continue
-                length = order
-                while (
-                    length < min(LONGEST, place) and text[place - 1 - length] == text[-1 - length]
-                ):
+                length, longest = order, min(LONGEST, place)
+                while length < longest and text[place - 1 - length] == text[-1 - length]:
                     length += 1
                 lengths[place] = length
         total = sum(2.0**length for length in lengths.values())
