@@ -6,9 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from memorizing_transformers.errors import ConfigError
+from typing import Any, Literal
 
 
 def inspect(
@@ -43,11 +41,13 @@ def inspect(
 
 def ablate(
     plan: str,
-    jobs: int = 1,
+    jobs: int | None = None,
     threads: int | None = None,
     overrides: Any = None,
     out: str | None = None,
     check: bool = False,
+    executor: Literal["local", "slurm"] = "local",
+    slurm: dict[str, Any] | None = None,
 ) -> None:
     """Run a plan of ablations and write its table. The same command resumes a stopped plan.
 
@@ -55,31 +55,32 @@ def ablate(
 
     Args:
         plan: The plan, a YAML file; docs/ablations.md explains its keys.
-        jobs: Number of runs at the same time, each in its own process. 0 = one after the other, in
-            this process.
-        threads: CPU threads per run. Default: OMP_NUM_THREADS if set, else CPU count / jobs.
+        jobs: Number of runs at the same time, each in its own process or SLURM job. Default: 1, or
+            all that can start with executor=slurm. 0 = one after the other, in this process.
+        threads: CPU threads per run. Default: OMP_NUM_THREADS if set, else CPU count / jobs; with
+            executor=slurm, slurm.cpus_per_task.
         overrides: Changes of the base for all variants, e.g. '{data.source: texts/}'.
         out: Folder for the runs and the table. Default: the plan's.
         check: Build every variant's config and stop before anything runs.
+        executor: local = processes of this machine, slurm = jobs of a SLURM cluster.
+        slurm: Options of sbatch for each run, e.g. '{partition: gpu, gpus_per_node: 1,
+            cpus_per_task: 8, time: 720}' with time in minutes. Default: time: 1440.
     """
     from .ablation.plan import check as check_plan
     from .ablation.plan_file import load_plan
-    from .ablation.runner import run_plan
+    from .ablation.runner import make_executor, run_plan
 
     loaded = load_plan(plan, overrides, out)
-    if jobs < 0:
-        raise ConfigError("jobs", jobs, "must be at least 0")
-    if threads is not None and threads < 1:
-        raise ConfigError("threads", threads, "must be at least 1")
+    where = make_executor(executor, jobs, threads, slurm)
     if check:
         print(
             f"{plan}: {len(check_plan(loaded))} variants, seeds {', '.join(map(str, loaded.seeds))}"
         )
         return
-    # A polite kill is a Ctrl-C: the runs are told, and can go on.
+    # SIGTERM acts as Ctrl-C: the runs are told to stop, and can resume.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        trials = run_plan(loaded, jobs, threads)
+        trials = run_plan(loaded, where)
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,18 +10,18 @@ from torch import Tensor
 
 from memorizing_transformers.memory import MemoryBank
 from memorizing_transformers.model import ModelConfig, ModelOutput, Transformer
+from memorizing_transformers.model.config import MemoryConfig
 
 VOCAB = 23
-COMBINES = ("gate", "fixed", "content", "joint")
+COMBINES = ("gate", "fixed", "content", "joint", "evidence")
 
 
 def small_config(**settings: Any) -> ModelConfig:
     """Two layers, the second with a memory of 7; keys of ``MemoryConfig`` go into it."""
     memory = {"size": 7, "top_k": 3, "layers": [-1], "bias_max_distance": 64}
-    for key in ("size", "top_k", "layers", "combine", "position_bias", "fixed_value", "search"):
-        if key in settings:
-            memory[key] = settings.pop(key)
-    fields = {
+    for key in [f.name for f in fields(MemoryConfig) if f.name in settings]:
+        memory[key] = settings.pop(key)
+    chosen = {
         "vocab_size": VOCAB,
         "d_model": 16,
         "num_layers": 2,
@@ -29,7 +30,7 @@ def small_config(**settings: Any) -> ModelConfig:
         "relative_buckets": 8,
         "relative_max_distance": 16,
     }
-    return ModelConfig(**{**fields, **settings, "memory": memory})
+    return ModelConfig(**{**chosen, **settings, "memory": memory})
 
 
 def small_model(config: ModelConfig | None = None, **settings: Any) -> Transformer:
@@ -38,7 +39,7 @@ def small_model(config: ModelConfig | None = None, **settings: Any) -> Transform
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "bias" in name or "gate" in name:
+            if parameter.ndim == 1 or {"bias", "gate", "copy_head", "match"} & {*name.split(".")}:
                 parameter += torch.randn(parameter.shape, generator=generator)
             if name.endswith("scale"):
                 parameter[0] *= -1  # only its size counts

@@ -13,12 +13,16 @@ from torch import Tensor
 from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.model.attention import Attention
 
+Found = list[list[tuple[Tensor, list[int]]]]
+"""By token and head, the weights of what was retrieved and its places in the document."""
+
 
 @dataclass
 class Document:
     """What a row has read of its current document: by layer, a (key, value) of each token."""
 
     pairs: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
 
 
 def bucket_of(distance: int, num_buckets: int, max_distance: int) -> int:
@@ -49,10 +53,15 @@ def logits(
     outputs = []
     for ids, document, length in zip(input_ids, documents, lengths, strict=True):
         hidden = [model.embedding.weight[token] for token in ids[:length]]
+        text = document.tokens + ids[:length].tolist()
+        found: Found = []
         for index, layer in enumerate(model.layers):
             past = document.pairs.setdefault(index, [])
             normed = [rms_norm(x, layer.attention_norm.weight) for x in hidden]
-            attended, pairs = attention(layer.attention, model.config, index, normed, past)
+            attended, pairs, found_here = attention(
+                layer.attention, model.config, index, normed, past, text
+            )
+            found = found_here or found
             past.extend(pairs)
             hidden = [x + y for x, y in zip(hidden, attended, strict=True)]
             norm, widen, _, narrow = layer.feed_forward
@@ -60,7 +69,18 @@ def logits(
                 x + narrow.weight @ (widen.weight @ rms_norm(x, norm.weight)).relu() for x in hidden
             ]
         scale = model.config.d_model**-0.5
-        row = [model.embedding.weight @ rms_norm(x, model.norm.weight) * scale for x in hidden]
+        last = [rms_norm(x, model.norm.weight) for x in hidden]
+        row = [model.embedding.weight @ x * scale for x in last]
+        held = min(len(document.tokens), model.config.memory.size)
+        if model.copy_head is not None and held:
+            first = len(document.tokens) - held
+            row = [
+                copied(
+                    model, row[i], last[i], text[: len(document.tokens) + i + 1], text, first, one
+                )
+                for i, one in enumerate(found)
+            ]
+        document.tokens = text
         padding = [torch.zeros(len(model.embedding.weight))] * (len(ids) - length)
         outputs.append(torch.stack(row + padding))
     return torch.stack(outputs)
@@ -72,8 +92,9 @@ def attention(
     index: int,
     hidden: list[Tensor],
     past: list[tuple[Tensor, Tensor]],
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """A layer's attention of one row's tokens, and their pairs, each (G, D)."""
+    text: list[int],
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Found]:
+    """A layer's attention of one row's tokens, their pairs, each (G, D), and what was retrieved."""
     heads, kv_heads, width = config.num_heads, config.kv_heads, config.head_width
     keys = [(layer.key.weight @ x).view(kv_heads, width) for x in hidden]
     values = [(layer.value.weight @ x).view(kv_heads, width) for x in hidden]
@@ -84,8 +105,10 @@ def attention(
     reached = past[-config.memory.size :] if config.memory.size else []
     if index not in config.memory_layers:
         reached = []
-    outputs = []
+    outputs, found = [], []
+    first = len(past) - len(reached)
     for token, x in enumerate(hidden):
+        found.append([])
         queries, merged = (layer.query.weight @ x).view(heads, width), []
         for head in range(heads):
             group = head // (heads // kv_heads)
@@ -105,11 +128,29 @@ def attention(
                 merged.append(scores.softmax(0) @ near_values)
                 continue
 
+            if config.memory.temperature:
+                query = query * layer.reader.log_temperature[head].exp()
             far_scores = torch.stack([key[group] for key, _ in reached]) @ query
             places = sorted(range(len(reached)), key=far_scores.tolist().__getitem__, reverse=True)
-            places = places[: config.memory.top_k]
+            places = places[: config.memory.top_k * config.memory.candidates]
             written_since = [len(reached) - 1 - place for place in places]
             far_scores = far_scores[places] + memory_bias(layer, config, written_since, token, head)
+            lengths = [0] * len(places)
+            if config.memory.match_length:
+                here, longest = len(past) + token, config.memory.match_length
+                for shift in (0, 1):
+                    matched = [
+                        match(text, first + place - shift, here, first, longest) for place in places
+                    ]
+                    far_scores = far_scores + layer.reader.match.table[shift, matched, head]
+                    lengths = [max(pair) for pair in zip(lengths, matched, strict=True)]
+            order = far_scores.tolist()
+            kept = sorted(range(len(places)), key=order.__getitem__, reverse=True)
+            kept = kept[: config.memory.top_k]
+            places, lengths = [places[i] for i in kept], [lengths[i] for i in kept]
+            far_scores = far_scores[kept]
+            attended = far_scores.softmax(0)
+            found[-1].append((attended, [first + place for place in places]))
             far_values = torch.stack([reached[place][1][group] for place in places])
 
             if config.memory.combine == "joint":
@@ -122,10 +163,82 @@ def attention(
             elif config.memory.combine == "content":
                 gate = layer.reader.gate.linear
                 share = (gate.weight[head] @ x + gate.bias[head]).sigmoid()
+            elif config.memory.combine == "evidence":
+                gate = layer.reader.gate
+                a, c, e, f = gate.evidence[:, head]
+                mean = (attended.detach() * torch.tensor(lengths)).sum()
+                logit = gate.bias[head] + gate.hidden[head] @ x + a * far_scores.logsumexp(0)
+                logit = logit - c * scores.logsumexp(0) + e * far_scores.max() + f * mean
+                share = logit.sigmoid()
             far_mean = far_scores.softmax(0) @ far_values
             merged.append(share * far_mean + (1 - share) * (scores.softmax(0) @ near_values))
         outputs.append(layer.output.weight @ torch.cat(merged))
-    return outputs, [(key.detach(), value.detach()) for key, value in new]
+    pairs = [(key.detach(), value.detach()) for key, value in new]
+    return outputs, pairs, found if reached else []
+
+
+def match(text: list[int], then: int, now: int, first: int, longest: int) -> int:
+    """How many tokens up to ``then`` equal those up to ``now``, none before ``first``."""
+    count = 0
+    while count < longest and then - count >= first and text[then - count] == text[now - count]:
+        count += 1
+    return count
+
+
+def copied(
+    model: Transformer,
+    logits: Tensor,
+    hidden: Tensor,
+    known: list[int],
+    text: list[int],
+    first: int,
+    found: list[tuple[Tensor, list[int]]],
+) -> Tensor:
+    """Log probabilities with what the copy head adds, by the definition of the mixture."""
+    sources, own = model.copy_head.sources, logits.softmax(0)
+    expected = own.detach().log()
+    total = own
+    if "neighbours" in sources:
+        source = sources["neighbours"]
+        for head, (weights, places) in enumerate(found):
+            for kind in (0, 1):
+                logit = source.log_odds[kind, head] + source.hidden[kind] @ hidden
+                logit = logit + source.sharpness[kind, head] * weights.max().detach()
+                for weight, place in zip(weights, places, strict=True):
+                    one = torch.zeros_like(own)
+                    one[text[place + kind]] = 1.0
+                    total = total + logit.exp() * weight * one
+    if "repeats" in sources:
+        source, longest = sources["repeats"], sources["repeats"].search.longest
+        here = len(known) - 1
+        ends = {place: match(known, place, here, first, longest) for place in range(first, here)}
+        chosen: list[tuple[int, int]] = []
+        for order, above in ((8, longest + 1), (4, 8), (2, 4)):
+            newest = [p for p in sorted(ends, reverse=True) if ends[p] >= order]
+            newest = newest[: source.search.per_order]
+            chosen += [(p, ends[p]) for p in newest if ends[p] < above]
+        if chosen:
+            scores = torch.stack(
+                [
+                    source.by_length[length]
+                    - source.slope * torch.tensor(1 + (here - place) / 64).log()
+                    + source.toward_likely * expected[known[place + 1]]
+                    for place, length in chosen
+                ]
+            )
+            share = torch.zeros_like(own)
+            for (place, _), weight in zip(chosen, scores.softmax(0), strict=True):
+                one = torch.zeros_like(own)
+                one[known[place + 1]] = 1.0
+                share = share + weight * one
+            best = int(share.argmax())
+            count = torch.tensor(1.0 + int((share > 0).sum())).log()
+            features = torch.stack([share.max(), expected[best], expected.max(), count])
+            logit = source.log_odds[max(length for _, length in chosen)]
+            logit = logit + features @ source.features + source.hidden @ hidden
+            total = total + logit.exp() * share
+    # Equal to the fast model's logits up to a constant, which the caller's comparison removes.
+    return total.log()
 
 
 def memory_bias(
@@ -135,6 +248,9 @@ def memory_bias(
     memory = config.memory
     if memory.position_bias == "none":
         return 0.0
+    if memory.position_bias == "log":
+        distances = torch.tensor([since + 1.0 + token for since in written_since])
+        return -layer.reader.bias.slope[head].exp() * (1 + distances / 64).log()
     if memory.position_bias == "t5":
         buckets = [
             bucket_of(since + 1 + token, memory.bias_buckets, memory.bias_max_distance)

@@ -19,6 +19,15 @@ VARIANTS: list[dict[str, Any]] = [
     {"combine": "joint", "position_bias": "t5", "layers": [0, 1], "xl_cache": 3},
     {"combine": "gate", "position_bias": "learned-absolute", "layers": [0, 1]},
     {"combine": "gate", "qk_norm": False, "num_kv_heads": 4, "xl_cache": 6},
+    {"combine": "gate", "copy": ["neighbours", "repeats"], "xl_cache": 4},
+    {"combine": "evidence", "match_length": 4, "temperature": True, "position_bias": "log"},
+    {
+        "combine": "content",
+        "candidates": 2,
+        "match_length": 3,
+        "copy": ["neighbours"],
+        "layers": [0, 1],
+    },
     # A search may keep an index of its own beside the ring, and share it between layers.
     *({"combine": "joint", "search": name, "layers": [0, 1], "size": 12} for name in SEARCHES),
 ]

@@ -51,8 +51,14 @@ OTHER_MEMORY: dict[str, Any] = {
     "refresh_every_n_steps": 3,
     "drop_after_n_steps": 3,
     "drop_below_cosine": 0.5,
+    "temperature": True,
+    "match_length": 4,
+    "candidates": 3,
+    "copy": ["repeats"],
+    "copy_init": 0.5,
+    "dropout": 0.5,
 }
-REACHES = {"size", "top_k", "fixed_value", "dtype", "xl_cache"}
+REACHES = {"size", "top_k", "candidates", "fixed_value", "dtype", "xl_cache"}
 """What changes how much of the past is read, how exactly, or at what weight: figures with a memory
 may differ, those without it not."""
 

@@ -1,4 +1,4 @@
-"""A tiny base for plans."""
+"""A small base config for plans."""
 
 from __future__ import annotations
 

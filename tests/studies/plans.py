@@ -1,4 +1,4 @@
-"""A tiny plan, and what came of it."""
+"""A small plan and its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan from start to table: killed half-way, continued, equal to one that nobody stopped."""
+"""A plan from start to table. One that is killed and resumed gives the same figures."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ import yaml
 from plans import VARIANTS, results, rows, write_plan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from memorizing_studies.ablation import processes, trial
 from memorizing_studies.ablation import runner as ablate
-from memorizing_studies.ablation import trial
 from memorizing_studies.ablation.plan_file import load_plan
+from memorizing_studies.ablation.processes import ThisProcess
 from memorizing_studies.ablation.trial import Trial
 from memorizing_transformers.__main__ import main
 from memorizing_transformers.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 EXACT = ("perplexity", "bits_per_byte", "accuracy", "loss", "tokens", "train_steps", "recall")
-"""Figures that time has no part in."""
+"""Figures that do not depend on time."""
 
 
 @pytest.fixture(scope="module")
-def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a plan that ran without being stopped."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a plan that ran without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     plan = write_plan(folder / "plan.yaml", base, folder / "out")
-    ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), ThisProcess())
     return folder / "out"
 
 
-def test_ends_with_table_plot_and_hparams(whole: Path) -> None:
-    table = (whole / "table.md").read_text()
+def test_ends_with_table_plot_and_hparams(uninterrupted: Path) -> None:
+    table = (uninterrupted / "table.md").read_text()
     for name in ("base", *(variant["name"] for variant in VARIANTS)):
         assert f"| {name} |" in table
-    assert (whole / "plot.png").stat().st_size > 1000
-    assert len(list(whole.glob("*/*/texts.json"))) == 1 + len(VARIANTS)
-    found = rows(whole / "table.csv")
+    assert (uninterrupted / "plot.png").stat().st_size > 1000
+    assert len(list(uninterrupted.glob("*/*/texts.json"))) == 1 + len(VARIANTS)
+    found = rows(uninterrupted / "table.csv")
     base, control = found["base"], found["no-memory"]
     gap = float(control["loss"]) - float(base["loss"])
     assert float(control["loss_difference"]) == pytest.approx(gap, abs=1e-5)
@@ -54,16 +55,16 @@ def test_ends_with_table_plot_and_hparams(whole: Path) -> None:
     assert float(base["train_step_ms_relative"]) == 1
     assert base["recall"] == "1.0"
     assert control["recall"] == control["eval_search_ms"] == ""
-    events = EventAccumulator(str(whole / "tensorboard" / "base" / "seed-0"))
+    events = EventAccumulator(str(uninterrupted / "tensorboard" / "base" / "seed-0"))
     events.Reload()
     assert "ablation/perplexity" in events.Tags()["scalars"]
 
 
-def test_another_variant_can_be_the_reference(whole: Path) -> None:
-    plan = replace(load_plan(whole.parent / "plan.yaml"), reference="no-memory")
+def test_another_variant_can_be_the_reference(uninterrupted: Path) -> None:
+    plan = replace(load_plan(uninterrupted.parent / "plan.yaml"), reference="no-memory")
     ablate.write_outcome(plan, ablate.make_trials(plan))
-    found = rows(whole / "table.csv")
-    assert "against no-memory" in (whole / "table.md").read_text()
+    found = rows(uninterrupted / "table.csv")
+    assert "against no-memory" in (uninterrupted / "table.md").read_text()
     assert found["no-memory"]["loss_difference"] == ""
     gap = float(found["base"]["loss"]) - float(found["no-memory"]["loss"])
     assert float(found["base"]["loss_difference"]) == pytest.approx(gap, abs=1e-5)
@@ -72,48 +73,52 @@ def test_another_variant_can_be_the_reference(whole: Path) -> None:
     ablate.write_outcome(plan, ablate.make_trials(plan))
 
 
-def test_evaluation_sees_the_same_tokens_and_training_the_same_budget(whole: Path) -> None:
+def test_evaluation_sees_the_same_tokens_and_training_the_same_budget(uninterrupted: Path) -> None:
     marks = [
         {name: (sums[0], sums[2]) for name, sums in json.loads(path.read_text()).items()}
-        for path in whole.glob("*/*/documents.json")
+        for path in uninterrupted.glob("*/*/documents.json")
     ]
     assert len(marks) == 4
     assert all(mark == marks[0] for mark in marks)
-    steps = {name: found.get("train_steps") for name, found in results(whole).items()}
+    steps = {name: found.get("train_steps") for name, found in results(uninterrupted).items()}
     assert steps == {"base": 24, "no-memory": 24, "larger": None, "retrofit": 8}
 
 
-def test_variants_begin_with_the_weights_that_they_name(whole: Path) -> None:
-    loss = {name: found["loss"] for name, found in results(whole).items()}
-    # Eight steps alone would leave it far behind.
+def test_variants_begin_with_the_weights_that_they_name(uninterrupted: Path) -> None:
+    loss = {name: found["loss"] for name, found in results(uninterrupted).items()}
+    # Eight steps from new weights would give a much higher loss.
     assert loss["retrofit"] < loss["no-memory"] + 0.05
     assert loss["larger"] != loss["base"]
     assert loss["larger"] == pytest.approx(loss["base"], abs=0.1)
 
 
-def test_a_variant_that_fails_is_reported_and_the_others_go_on(whole: Path) -> None:
-    row = rows(whole / "table.csv")["broken"]
+def test_a_variant_that_fails_is_reported_and_the_others_run(uninterrupted: Path) -> None:
+    row = rows(uninterrupted / "table.csv")["broken"]
     assert "attention.scale" in row["failures"]
     assert row["perplexity"] == ""
-    assert row["failures"] in (whole / "table.md").read_text()
+    assert row["failures"] in (uninterrupted / "table.md").read_text()
 
 
-def test_finished_variants_never_run_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_variants_never_run_again(
+    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[str] = []
 
-    def note(trial: Trial) -> None:
+    def fail(trial: Trial) -> None:
         ran.append(trial.variant)
         trial.fail("tried again")
 
-    monkeypatch.setattr(ablate, "run_trial", note)
-    before = results(whole)
-    ablate.run_plan(load_plan(whole.parent / "plan.yaml"), jobs=0)
+    monkeypatch.setattr(processes, "run_logged", fail)
+    before = results(uninterrupted)
+    ablate.run_plan(load_plan(uninterrupted.parent / "plan.yaml"), ThisProcess())
     assert ran == ["broken"]
-    assert results(whole) == before
+    assert results(uninterrupted) == before
 
 
-def test_the_command_tells_of_failures(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = whole.parent / "plan.yaml"
+def test_the_command_exits_with_1_after_failures(
+    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = uninterrupted.parent / "plan.yaml"
     command = ["ablate", "--plan", str(plan), "--jobs", "0"]
     monkeypatch.setattr("sys.argv", ["memorizing_transformers", *command])
     handler = signal.getsignal(signal.SIGTERM)
@@ -125,25 +130,30 @@ def test_the_command_tells_of_failures(whole: Path, monkeypatch: pytest.MonkeyPa
     assert left.value.code == 1
 
 
-def test_a_trial_that_came_to_its_end_has_not_failed(whole: Path, tmp_path: Path) -> None:
+def test_a_trial_that_finished_has_not_failed(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    # What a worker leaves that outlived its runner, and whose trial another then gave up.
+    shutil.copytree(uninterrupted, out)
+    # As a process leaves it that outlived its runner, after a second process gave up its trial.
     (out / "base" / "seed-0" / "failed.json").write_text('{"reason": "another process"}')
     (out / "larger" / "seed-0" / "result.json").unlink()
-    trials = ablate.run_plan(load_plan(whole.parent / "plan.yaml", out=str(out)), jobs=0)
+    trials = ablate.run_plan(
+        load_plan(uninterrupted.parent / "plan.yaml", out=str(out)), ThisProcess()
+    )
     assert {trial.variant for trial in trials if trial.failure is not None} == {"broken"}
-    assert rows(out / "table.csv")["larger"]["loss"] == rows(whole / "table.csv")["larger"]["loss"]
+    assert (
+        rows(out / "table.csv")["larger"]["loss"]
+        == rows(uninterrupted / "table.csv")["larger"]["loss"]
+    )
 
 
-def test_a_changed_plan_does_not_go_on_in_the_same_folder(whole: Path) -> None:
-    plan = load_plan(whole.parent / "plan.yaml", {"model.d_model": 32})
+def test_a_changed_plan_does_not_resume_in_the_same_folder(uninterrupted: Path) -> None:
+    plan = load_plan(uninterrupted.parent / "plan.yaml", {"model.d_model": 32})
     with pytest.raises(UserError, match=r"variants\.base: model\.d_model = 32.*16"):
-        ablate.run_plan(plan, jobs=0)
+        ablate.run_plan(plan, ThisProcess())
 
 
 def test_a_killed_plan_continues_to_the_same_figures(
-    whole: Path, base: Path, tmp_path: Path
+    uninterrupted: Path, base: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     plan = write_plan(tmp_path / "plan.yaml", base, out)
@@ -155,7 +165,7 @@ def test_a_killed_plan_continues_to_the_same_figures(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    # In the midst of the second variant: some of it is saved, and none of it is evaluated.
+    # In the second variant: it has a checkpoint, and is not evaluated.
     begun = out / "no-memory" / "seed-0" / "version_0" / "checkpoints"
     deadline = time.monotonic() + 300
     while not list(begun.glob("*.ckpt/manifest.json")) and process.poll() is None:
@@ -166,10 +176,10 @@ def test_a_killed_plan_continues_to_the_same_figures(
     assert set(results(out)) == {"base"}
     finished = (out / "base" / "seed-0" / "result.json").stat().st_mtime_ns
 
-    ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), ThisProcess())
     assert (out / "base" / "seed-0" / "result.json").stat().st_mtime_ns == finished
     assert not (out / "no-memory" / "seed-0" / "version_1").exists()
-    ours, theirs = results(out), results(whole)
+    ours, theirs = results(out), results(uninterrupted)
     assert ours.keys() == theirs.keys()
     for name in ours:
         for key in EXACT:
@@ -178,7 +188,7 @@ def test_a_killed_plan_continues_to_the_same_figures(
 
 @pytest.mark.slow
 def test_a_budget_of_minutes_saves_its_end(base: Path, tmp_path: Path) -> None:
-    """And two seeds are two runs with a spread."""
+    """Two seeds are two runs, and the table has their standard deviation."""
     config = yaml.safe_load(base.read_text())
     config["trainer"] |= {"max_steps": 1_000_000, "val_check_interval": 1_000_000}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
@@ -190,7 +200,7 @@ def test_a_budget_of_minutes_saves_its_end(base: Path, tmp_path: Path) -> None:
         seeds=[0, 1],
         budget={"minutes": 0.05},
     )
-    ablate.run_plan(load_plan(plan), jobs=0)
+    ablate.run_plan(load_plan(plan), ThisProcess())
     out = tmp_path / "out"
     assert float(rows(out / "table.csv")["base"]["perplexity_std"]) > 0
     for found in out.glob("base/*/result.json"):
@@ -211,7 +221,7 @@ def test_training_that_ends_early_has_failed(base: Path, tmp_path: Path) -> None
         tmp_path / "out",
         variants=[{"name": "early", "overrides": {"trainer.callbacks": callbacks}}],
     )
-    trials = ablate.run_plan(load_plan(plan), jobs=0)
+    trials = ablate.run_plan(load_plan(plan), ThisProcess())
     failures = {trial.variant: trial.failure for trial in trials}
     assert failures["base"] is None
     assert "of 24" in str(failures["early"])

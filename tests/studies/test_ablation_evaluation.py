@@ -1,4 +1,4 @@
-"""Recall and time of a search, and weights of one model in another."""
+"""Recall and time of a search; weights of one model loaded into another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan's folder holds must be of the plan and of the same texts."""
+"""A plan's folder must hold results of the same plan and of the same texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memorizing_studies.ablation.trial_callbacks import SameTexts
 from memorizing_transformers.errors import UserError
 
 
-def test_a_source_that_changed_takes_those_with_it_that_start_from_it(
+def test_a_changed_source_changes_the_variants_that_start_from_it(
     base: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -49,12 +49,12 @@ def test_a_folder_that_moved_is_the_same(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": 1}'])
-def test_a_damaged_note_is_named(base: Path, tmp_path: Path, content: str) -> None:
+def test_a_damaged_trial_file_is_named(base: Path, tmp_path: Path, content: str) -> None:
     plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
     ablate.make_trials(load_plan(plan))
-    note = tmp_path / "out" / "base" / "seed-0" / "trial.json"
-    note.write_text(content)
-    with pytest.raises(UserError, match=re.escape(str(note))):
+    file = tmp_path / "out" / "base" / "seed-0" / "trial.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(file))):
         ablate.make_trials(load_plan(plan))
 
 

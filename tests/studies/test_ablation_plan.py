@@ -1,4 +1,4 @@
-"""Plans: what is refused before anything runs, and variants that differ in what they name."""
+"""Plans: what is refused before anything runs, and how variants differ from the base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from memorizing_studies.ablation.plan import build, check, resolve
+from memorizing_studies.ablation.plan import build, check
 from memorizing_studies.ablation.plan_file import load_plan
 from memorizing_transformers.__main__ import main
 from memorizing_transformers.errors import UserError
@@ -57,7 +57,7 @@ def write(path: Path, base: Path, /, **changes: Any) -> Path:
         (variant(overrides={"trainer.max_steps": 9}), "trainer.max_steps"),
         (variant(run="test"), "run"),
         (variant(**{"from": "nobody"}), "nobody"),
-        (variant(**{"from": "x"}), "circle"),
+        (variant(**{"from": "x"}), "circular"),
         (variant(budget={"tokens": 640}), "budget"),
         ({"variants": [{"name": "base"}]}, "base"),
         ({"variants": [{"name": "x"}, {"name": "x"}]}, "twice"),
@@ -121,7 +121,7 @@ def test_bad_files_are_refused(text: bytes, said: str, tmp_path: Path) -> None:
         load_plan(tmp_path / "plan.yaml")
 
 
-def test_mappings_that_hold_themselves_are_refused(base: Path, tmp_path: Path) -> None:
+def test_mappings_that_contain_themselves_are_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(
         f"base: {base}\nbudget: {{tokens: 640}}\n"
         "variants: [{name: a, overrides: &a {model: *a}}]\n"
@@ -131,13 +131,13 @@ def test_mappings_that_hold_themselves_are_refused(base: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b""])
-def test_a_base_that_is_no_config_is_named(content: bytes, base: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_not_a_config_is_named(content: bytes, base: Path, tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"base = '.*base\.yaml': "):
         load_plan(write(tmp_path / "plan.yaml", tmp_path / "base.yaml"))
 
 
-def test_merged_mappings_may_lay_a_key_over_another(base: Path, tmp_path: Path) -> None:
+def test_a_key_may_replace_one_of_a_merged_mapping(base: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(
         f"base: {base}\nbudget: {{tokens: 640}}\nvariants:\n"
         "  - {name: a, overrides: &a {model.d_model: 8, model.d_ff: 8}}\n"
@@ -181,7 +181,7 @@ def test_a_base_with_a_limit_of_its_own_is_refused(base: Path, tmp_path: Path) -
         check(load_plan(write(tmp_path / "plan.yaml", tmp_path / "base.yaml")))
 
 
-def test_overrides_of_the_command_lie_over_the_plans_own(base: Path, tmp_path: Path) -> None:
+def test_overrides_of_the_command_replace_those_of_the_plan(base: Path, tmp_path: Path) -> None:
     plan = write(tmp_path / "plan.yaml", base, overrides={"model.d_model": 32, "model.d_ff": 16})
     loaded = load_plan(plan, {"model.d_ff": 24})
     resolved = check(loaded)["small"]
@@ -195,7 +195,7 @@ def test_a_budget_of_minutes_limits_the_time(base: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_variants_build_and_differ_from_the_base_in_what_they_name(
+def test_variants_build_and_change_only_their_overrides(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -206,7 +206,7 @@ def test_variants_build_and_differ_from_the_base_in_what_they_name(
         base = base or config
         assert config.keys() == base.keys()
         changed = {key for key in config if config[key] != base[key]}
-        # A budget of tokens is fewer steps where a step reads more of them, or the budget is less.
+        # The budget is other steps if a step reads more tokens, or if the budget is smaller.
         allowed = {"trainer.max_steps"} if one.budget is not None else set()
         assert changed - allowed <= set(one.overrides), one.name
         assert changed or not one.overrides, one.name
@@ -221,9 +221,9 @@ def test_header_names_the_command(path: Path) -> None:
     assert command in path.read_text()
 
 
-def test_seeds_move_weights_and_document_order_alone(base: Path, tmp_path: Path) -> None:
+def test_seeds_change_only_weights_and_document_order(base: Path, tmp_path: Path) -> None:
     plan = load_plan(write(tmp_path / "plan.yaml", base, seeds=[0, 1]))
-    one, other = (resolve(plan, plan.variants[1], seed) for seed in plan.seeds)
+    one, other = (build(plan, plan.variants[1], seed)[1] for seed in plan.seeds)
     assert {k for k in one if one[k] != other[k]} == {"seed_everything", "data.seed"}
 
 
@@ -231,5 +231,5 @@ def test_an_unreadable_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         load_plan(tmp_path / "nowhere.yaml")
     (tmp_path / "plan.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="no YAML"):
+    with pytest.raises(UserError, match="not valid YAML"):
         load_plan(tmp_path / "plan.yaml")

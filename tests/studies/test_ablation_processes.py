@@ -1,4 +1,4 @@
-"""Runs in processes of their own: side by side, told to stop, and left alone."""
+"""Trials in processes of their own: several at a time, stopped, and without their runner."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from plans import results, rows, write_plan
 
+from memorizing_studies.ablation import processes
 from memorizing_studies.ablation import runner as ablate
 from memorizing_studies.ablation.plan_file import load_plan
 from memorizing_studies.ablation.trial import Trial
@@ -20,34 +21,34 @@ from memorizing_studies.ablation.trial import Trial
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_threads_are_those_given_or_of_the_environment_or_a_share(
+def test_threads_are_given_or_of_the_environment_or_a_share_of_the_cpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ablate.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert ablate.Runner([], jobs=2, threads=None).threads == 4
-    assert ablate.Runner([], jobs=16, threads=None).threads == 1
+    assert processes.Processes(2, None).threads == 4
+    assert processes.Processes(16, None).threads == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert ablate.Runner([], jobs=2, threads=None).threads == 3
-    assert ablate.Runner([], jobs=2, threads=5).threads == 5
+    assert processes.Processes(2, None).threads == 3
+    assert processes.Processes(2, 5).threads == 5
 
 
-class Processes:
-    """Stands for ``subprocess.Popen``: each ends after some polls, in an order of its own."""
+class FakeProcesses:
+    """Replaces ``subprocess.Popen``. Each process ends after a given number of polls."""
 
     def __init__(self, lives: list[int]) -> None:
         self.lives = lives
         self.alive: list[str] = []
-        """GPUs of the processes that run now."""
+        """GPUs of the processes that are alive."""
         self.crowds: list[list[str]] = []
-        """The same, whenever one has started."""
+        """``alive`` after each start."""
         self.threads: set[str] = set()
 
     def __call__(self, command: list[str], env: dict[str, str], **files: Any) -> Any:
         gpu, polls = env.get("CUDA_VISIBLE_DEVICES", "none"), [self.lives.pop(0)]
         self.alive.append(gpu)
         self.crowds.append([*self.alive])
-        self.threads |= {env[name] for name in ablate.THREAD_VARIABLES}
+        self.threads |= {env[name] for name in processes.THREAD_VARIABLES}
         process = MagicMock(returncode=None)
 
         def poll() -> int | None:
@@ -65,34 +66,34 @@ class Processes:
     ("gpus", "jobs"),
     [("2,5", 3), ("2,5", 1), ("0,1,2", 2), ("7", 3), ("", 2), ("1,0", 9), ("4,", 2)],
 )
-def test_runs_side_by_side_are_shared_out_over_the_gpus(
+def test_trials_are_split_over_the_gpus(
     gpus: str, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lives = [5, 2, 3, 1, 4, 1, 2]
-    processes = Processes([*lives])
+    fake = FakeProcesses([*lives])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.setattr(ablate.subprocess, "Popen", processes)
-    monkeypatch.setattr(ablate, "POLL_SECONDS", 0)
+    monkeypatch.setattr(processes.subprocess, "Popen", fake)
+    monkeypatch.setattr(processes.Processes, "poll_seconds", 0)
     trials = []
     for number in range(len(lives)):
         folder = tmp_path / str(number)
         folder.mkdir()
         trials.append(Trial(f"variant {number}", 0, str(folder), "", {}, {}, True, None, "test"))
-    ablate.Runner(trials, jobs=jobs, threads=3).run()
+    ablate.Runner(trials, processes.Processes(jobs, 3)).run()
     assert all("code 1" in str(trial.failure) for trial in trials)
-    assert processes.threads == {"3"}
-    assert max(map(len, processes.crowds)) == min(jobs, len(trials))
+    assert fake.threads == {"3"}
+    assert max(map(len, fake.crowds)) == min(jobs, len(trials))
     named = [gpu for gpu in gpus.split(",") if gpu]
-    for crowd in processes.crowds:
+    for crowd in fake.crowds:
         counts = [crowd.count(gpu) for gpu in named] or [len(crowd)]
         assert sum(counts) == len(crowd)
-        # Nobody shares a GPU while another is free.
+        # No two trials share a GPU while another GPU is free.
         assert max(counts) <= -(-jobs // len(counts))
         assert max(counts) == 1 or min(counts) > 0
 
 
 @pytest.mark.slow
-def test_a_polite_kill_leaves_nobody_behind(base: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_all_processes(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plan = write_plan(tmp_path / "plan.yaml", base, out, budget={"minutes": 30})
     command = [sys.executable, "-m", "memorizing_transformers", "ablate", "--plan", str(plan)]
@@ -111,14 +112,14 @@ def test_a_polite_kill_leaves_nobody_behind(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_ends_with_its_runner() -> None:
-    worker = (
-        "import os, threading, time; from memorizing_studies.ablation.worker import end_with;"
+def test_a_process_ends_with_its_runner() -> None:
+    child = (
+        "import os, threading, time; from memorizing_studies.ablation.processes import end_with;"
         "threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start();"
         "print('here', flush=True); time.sleep(300)"
     )
     runner = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
-    process = subprocess.Popen([sys.executable, "-c", runner, worker], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", runner, child], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"here\n"
     process.kill()
@@ -131,10 +132,10 @@ def test_a_worker_ends_with_its_runner() -> None:
 
 
 @pytest.mark.slow
-def test_variants_run_side_by_side(base: Path, tmp_path: Path) -> None:
-    """Each in a process; what would start from a failed variant fails with it."""
+def test_variants_run_at_the_same_time(base: Path, tmp_path: Path) -> None:
+    """Each in a process. A variant that starts from a failed variant fails too."""
     out = tmp_path / "out"
-    # The base's weights do not fit, which only the worker sees.
+    # The base's weights do not fit, which only the new process notices.
     variants: list[dict[str, Any]] = [
         {"name": "misfit", "overrides": {"model.d_ff": 8}, "from": "base"},
         {"name": "after", "from": "misfit"},
@@ -142,7 +143,7 @@ def test_variants_run_side_by_side(base: Path, tmp_path: Path) -> None:
     plan = write_plan(
         tmp_path / "plan.yaml", base, out, variants=variants, budget={"tokens": 2 * 64}
     )
-    ablate.run_plan(load_plan(plan), jobs=2, threads=1)
+    ablate.run_plan(load_plan(plan), processes.Processes(2, 1))
     assert set(results(out)) == {"base"}
     failures = {name: row["failures"] for name, row in rows(out / "table.csv").items()}
     assert failures["base"] == ""

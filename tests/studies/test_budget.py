@@ -1,4 +1,4 @@
-"""A budget of tokens is as many steps as read them, whatever a step reads."""
+"""A budget of tokens becomes the number of steps that read them, whatever a step reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 from plans import write_plan
 
-from memorizing_studies.ablation.plan import resolve
+from memorizing_studies.ablation.plan import build
 from memorizing_studies.ablation.plan_file import load_plan
 from memorizing_studies.ablation.runner import make_trials
 from memorizing_studies.ablation.trial import train
@@ -20,10 +20,10 @@ SHAPES = [(1, 4, 16), (2, 4, 16), (3, 1, 5), (7, 4, 5), (5, 2, 16)]
 
 
 def steps(folder: Path, base: Path, overrides: dict[str, Any], /, **plan: Any) -> int:
-    """How many a variant with these overrides gets."""
+    """The steps of a variant with these overrides."""
     variants = [{"name": "x", "overrides": overrides}]
     loaded = load_plan(write_plan(folder / "plan.yaml", base, folder, variants=variants, **plan))
-    found = resolve(loaded, loaded.variant("x"), 0)
+    found = build(loaded, loaded.variant("x"), 0)[1]
     assert found["trainer.max_time"] is None
     return int(found["trainer.max_steps"])
 
@@ -41,7 +41,7 @@ def test_steps_are_the_budget_over_what_a_step_reads(
         steps(tmp_path, base, shape, budget={"tokens": places - 1})
 
 
-def test_it_does_not_matter_where_the_accumulation_is_set(base: Path, tmp_path: Path) -> None:
+def test_accumulation_counts_wherever_it_is_set(base: Path, tmp_path: Path) -> None:
     budget = {"tokens": 24 * 64}
     config = yaml.safe_load(base.read_text())
     config["trainer"]["accumulate_grad_batches"] = 4
@@ -89,7 +89,7 @@ SCHEDULER = {
         ({"trainer.fast_dev_run": 2}, "trainer.fast_dev_run = 2"),
     ],
 )
-def test_what_would_undo_the_budget_is_refused(
+def test_settings_that_break_the_budget_are_refused(
     overrides: dict[str, Any], said: str, base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
@@ -97,7 +97,7 @@ def test_what_would_undo_the_budget_is_refused(
 
 
 @pytest.mark.parametrize(("key", "value"), [("max_epochs", 0), ("max_time", "00:00:01:00")])
-def test_a_base_with_a_limit_of_its_own_is_refused(
+def test_a_base_with_another_limit_is_refused(
     key: str, value: object, base: Path, tmp_path: Path
 ) -> None:
     config = yaml.safe_load(base.read_text())

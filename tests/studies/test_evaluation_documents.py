@@ -1,4 +1,4 @@
-"""What an evaluation keeps of every document, and how it counts time."""
+"""What an evaluation keeps of each document, and how it measures time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LENGTHS = {name: len(text) for name, text in TEXTS.items()}
 
 
 def losses(batch: Batch) -> Tensor:
-    """A loss that each target has wherever it is read."""
+    """A loss that depends on the target only."""
     return torch.where(batch.targets == IGNORE_INDEX, 0, batch.targets / 64).float()
 
 
 @pytest.fixture
 def documents(tmp_path: Path) -> Any:
-    """Reads texts in rows and segments; by name the sums that an evaluation keeps."""
+    """A function that reads texts in rows and segments and returns the sums by name."""
 
     def read(texts: dict[str, str], rows: int, segment: int) -> dict[str, list[float]]:
         folder = tmp_path / f"texts{len([*tmp_path.iterdir()])}"
@@ -57,36 +57,36 @@ def documents(tmp_path: Path) -> Any:
     return read
 
 
-def marks(read: dict[str, list[float]]) -> dict[str, float]:
+def checksums(read: dict[str, list[float]]) -> dict[str, float]:
     return {name: sums[2] for name, sums in read.items()}
 
 
-def test_sums_and_marks_do_not_depend_on_rows_and_segments(documents: Any) -> None:
+def test_sums_and_checksums_do_not_depend_on_rows_and_segments(documents: Any) -> None:
     found = [documents(TEXTS, rows, segment) for rows, segment in ((1, 16), (4, 5), (2, 200))]
     for one in found:
-        assert marks(one) == marks(found[0])
-        # The first token is only read, all others are predicted; one alone predicts nothing.
+        assert checksums(one) == checksums(found[0])
+        # All tokens but the first are predicted, so a text of one token has no loss.
         for name, length in LENGTHS.items():
             expected = [length - 1, sum(ord(char) for char in TEXTS[name][1:]) / 64]
             assert one.get(name, [0, 0.0])[:2] == pytest.approx(expected)
 
 
-def test_marks_tell_of_every_token(documents: Any) -> None:
-    before = marks(documents(TEXTS, 4, 16))
+def test_checksums_depend_on_every_token(documents: Any) -> None:
+    before = checksums(documents(TEXTS, 4, 16))
     assert len({*before.values()}) == len(before)
     last = LENGTHS["a"] - 1
     for place in (0, 1, 15, 16, 17, 80, last - 1, last):
         text = TEXTS["a"]
-        other = marks(documents({**TEXTS, "a": text[:place] + "Q" + text[place + 1 :]}, 4, 16))
+        other = checksums(documents({**TEXTS, "a": text[:place] + "Q" + text[place + 1 :]}, 4, 16))
         assert {name for name in before if before[name] != other[name]} == {"a"}, place
     # The same tokens in another order.
     swapped = TEXTS["a"][:3] + TEXTS["a"][4] + TEXTS["a"][3] + TEXTS["a"][5:]
-    assert marks(documents({**TEXTS, "a": swapped}, 4, 16))["a"] != before["a"]
+    assert checksums(documents({**TEXTS, "a": swapped}, 4, 16))["a"] != before["a"]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that moves when it is told to."""
+    """A clock that the test sets."""
     now = SimpleNamespace(seconds=0.0)
     fake = SimpleNamespace(perf_counter=lambda: now.seconds)
     monkeypatch.setattr(timing, "time", fake)
@@ -101,10 +101,10 @@ def filled(pairs: int, seed: int = 0) -> Memory:
     return memory
 
 
-def test_time_is_the_evaluations_own_without_what_measuring_takes(
+def test_time_excludes_the_measurement_of_recall(
     clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch takes 3 seconds, 2 of them in two searches; a look at the recall takes 100."""
+    """A batch takes 3 seconds, 2 of them in two searches. Measuring recall takes 100."""
 
     def search(queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
         clock.seconds += 1
@@ -144,11 +144,11 @@ def test_time_is_the_evaluations_own_without_what_measuring_takes(
 
 
 @pytest.mark.parametrize("calls", [1, RECALL_EVERY, RECALL_EVERY + 1, 3 * RECALL_EVERY])
-def test_recall_is_measured_now_and_then_from_the_first_search_that_can_miss(calls: int) -> None:
+def test_recall_is_measured_at_one_of_sixteen_searches_that_can_miss(calls: int) -> None:
     measured = MeasuredSearch(ExactSearch())
     queries, top_k = torch.randn(1, 1, 5, 8), 4
     for _ in range(5):
-        # As many pairs as neighbours: every search finds all.
+        # As many pairs as neighbours: every search finds all of them.
         measured(queries, filled(top_k), top_k)
     assert measured.recalls == []
     for _ in range(calls):
@@ -157,7 +157,7 @@ def test_recall_is_measured_now_and_then_from_the_first_search_that_can_miss(cal
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16, 100])
-def test_recall_is_of_queries_all_over_the_segment(queries: int) -> None:
+def test_recall_samples_queries_of_the_complete_segment(queries: int) -> None:
     asked, memory = torch.randn(1, 1, queries, 8), filled(40)
     for missed in (0, queries - 1, slice(queries // 2, None)):
 
@@ -168,7 +168,7 @@ def test_recall_is_of_queries_all_over_the_segment(queries: int) -> None:
 
         measured = MeasuredSearch(search)
         measured(asked, memory, 4)
-        whole = torch.zeros(queries)
-        whole[missed] = 1
-        assert measured.recalls == [pytest.approx(1 - float(whole.mean()), abs=0.06)]
+        misses = torch.zeros(queries)
+        misses[missed] = 1
+        assert measured.recalls == [pytest.approx(1 - float(misses.mean()), abs=0.06)]
         assert measured.recalls[0] < 1

@@ -15,7 +15,7 @@ Read = dict[str, list[float]]
 
 
 def read(losses: Sequence[float], tokens: Sequence[float] | None = None) -> Read:
-    """What an evaluation of documents with these summed losses leaves."""
+    """The sums that an evaluation keeps, for documents with these losses."""
     counts = tokens or [100] * len(losses)
     both = enumerate(zip(counts, losses, strict=True))
     return {f"document {i:04}": [count, float(loss), i] for i, (count, loss) in both}
@@ -28,10 +28,10 @@ def compared(variant: Read, base: Read) -> Difference:
 
 
 def by_hand(difference: Sequence[float]) -> float:
-    """The share of all sign patterns whose sum is at least as far from 0, in whole numbers."""
-    whole = [round(1000 * value) for value in difference]
-    sums = [abs(sum(flipped)) for flipped in itertools.product(*((d, -d) for d in whole))]
-    return sum(one >= abs(sum(whole)) for one in sums) / len(sums)
+    """The share of sign patterns whose sum is at least as far from 0, in exact integers."""
+    units = [round(1000 * value) for value in difference]
+    sums = [abs(sum(flipped)) for flipped in itertools.product(*((d, -d) for d in units))]
+    return sum(one >= abs(sum(units)) for one in sums) / len(sums)
 
 
 @pytest.mark.parametrize("documents", [1, 2, 3, 6, 9, 13])
@@ -42,7 +42,7 @@ def test_few_documents_give_the_share_of_all_sign_patterns(documents: int) -> No
         if kind == 1:
             difference[draw.random(documents) < 0.5] = 0
         if kind >= 2:
-            # Ties, whose sums in floating point differ in their last bits.
+            # Equal sums that differ in their last bits in floating point.
             difference = draw.choice([-0.3, -0.1, 0.1, 0.2], documents)
         base = draw.normal(100, 10, documents).round(3)
         exact = by_hand(difference.tolist())
@@ -58,7 +58,7 @@ def test_p_is_never_below_what_so_few_documents_can_give(documents: int) -> None
     for seed in range(3):
         p_value = sign_flip_test(base - 0.1, base, seed)
         assert 2 * 0.5**documents <= p_value <= max(2 * 0.5**documents, 0.001)
-        # Documents without a difference add nothing.
+        # Documents without a difference change nothing.
         padded = np.concatenate([np.zeros(50), base])
         same = sign_flip_test(np.concatenate([np.zeros(50), base - 0.1]), padded, seed)
         assert same == p_value
@@ -76,14 +76,14 @@ def test_many_documents_are_drawn_from_by_a_seed_and_agree_with_a_normal_test() 
         assert other == pytest.approx(found[0], abs=0.02)
 
 
-def test_false_alarms_are_as_rare_as_the_level() -> None:
+def test_false_alarms_are_as_frequent_as_the_level() -> None:
     draw = np.random.default_rng(2)
     base = np.zeros(20)
     below = [sign_flip_test(draw.normal(size=20), base) < 0.1 for _ in range(200)]
     assert 0.04 < np.mean(below) < 0.17
 
 
-def test_no_difference_is_none() -> None:
+def test_no_difference_gives_p_of_1() -> None:
     for documents in (1, 9, 30):
         base = np.arange(float(documents))
         assert sign_flip_test(base, base) == 1
@@ -92,7 +92,7 @@ def test_no_difference_is_none() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_document_weighs_as_much_as_its_summed_loss(seed: int) -> None:
-    """One long document against many short ones that say the opposite."""
+    """One long document against many short ones with the opposite sign."""
     draw = np.random.default_rng(seed)
     tokens = [20_000, *draw.integers(20, 60, 9).tolist()]
     per_token = [0.004, *(-0.05 - 0.01 * draw.random(9))]
@@ -101,7 +101,7 @@ def test_a_document_weighs_as_much_as_its_summed_loss(seed: int) -> None:
     found = compared(read(base + difference, tokens), read(base, tokens))
     exact = by_hand(difference)
     assert found.p_value == pytest.approx(exact, abs=1e-12)
-    # By means of documents the nine would win, and significantly.
+    # The means per token would give the opposite result, and a significant one.
     assert found.loss > 0
     assert exact > 10 * by_hand(per_token)
     for others in (tokens[::-1], [100] * 10):
@@ -120,13 +120,13 @@ def test_seeds_are_averaged_and_long_documents_weigh_more() -> None:
     assert found.spread == pytest.approx(0)
 
 
-def test_p_is_of_the_documents_means_over_seeds() -> None:
+def test_p_is_from_the_means_of_documents_over_seeds() -> None:
     draw = np.random.default_rng(4)
     base = [draw.normal(100, 1, 8).round(3) for _ in range(3)]
     variant = [one + draw.normal(-1, 3, 8).round(3) for one in base]
     found = compare([read(one) for one in variant], [read(one) for one in base])
     assert found is not None
-    # Three times the mean, whole thousandths.
+    # Three times the mean, so that all are multiples of 0.001.
     exact = by_hand((sum(variant) - sum(base)).tolist())
     assert found.p_value == pytest.approx(exact, abs=1e-12)
 

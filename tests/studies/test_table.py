@@ -1,4 +1,4 @@
-"""Tables, CSV and plot of a plan, from results that are written by hand."""
+"""Tables, CSV and plot of a plan, from results that the tests write."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Finish = Callable[[Mapping[str, Figures]], tuple[Plan, list[Trial]]]
 
 @pytest.fixture
 def finish(tmp_path: Path) -> Finish:
-    """A plan whose trials have come to an end, with figures by variant and seed."""
+    """A plan whose trials have ended, with figures by variant and seed."""
 
     def finish(figures: Mapping[str, Figures]) -> tuple[Plan, list[Trial]]:
         seeds = tuple(range(max(len(v) for f in figures.values() for v in f.values())))
@@ -54,7 +54,7 @@ def finish(tmp_path: Path) -> Finish:
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved from now on."""
+    """The figures that are saved after this call."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -67,7 +67,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def bars(figure: Figure) -> list[float | None]:
-    """Half the width of each point's error bar, top to bottom; None where it has none."""
+    """Half the width of each point's error bar, top to bottom; None without an error bar."""
     found: list[float | None] = []
     for container in figure.axes[0].containers:
         assert isinstance(container, ErrorbarContainer)
@@ -93,7 +93,7 @@ def test_spreads_are_sample_standard_deviations_wherever_they_are_shown(
     row = make_rows(plan, trials)[1]
     assert row.mean == pytest.approx(dict.fromkeys(FIGURES, 7 / 3))
     assert row.spread == pytest.approx(dict.fromkeys(FIGURES, spread))
-    # The difference to a base that never varies varies as the variant does.
+    # The base has no spread, so the difference has the spread of the variant.
     assert row.difference is not None
     assert row.difference.spread == pytest.approx(spread)
     table = write_outcome(plan, trials)
@@ -120,7 +120,7 @@ def test_one_seed_has_no_spread(finish: Finish, monkeypatch: pytest.MonkeyPatch)
     for key in (*(f"{figure}_std" for figure in FIGURES), "loss_difference_std"):
         assert found["half"][key] == found["never"][key] == ""
     assert "±" not in "".join(cells(table, "half").values())
-    # Against the seed that both have.
+    # Only over the seed that both have.
     assert float(found["half"]["loss_difference"]) == pytest.approx(1)
     assert cells(table, "never") == {
         **dict.fromkeys(cells(table, "never"), ""), "variant": "never", "run": "failed"
@@ -129,7 +129,7 @@ def test_one_seed_has_no_spread(finish: Finish, monkeypatch: pytest.MonkeyPatch)
     assert bars(figures[-1]) == [pytest.approx(math.sqrt(2)), None]
 
 
-def test_figures_that_are_not_finite_do_not_lose_the_table(finish: Finish) -> None:
+def test_the_table_is_written_with_figures_that_are_not_finite(finish: Finish) -> None:
     """A finite loss above 709 has no finite perplexity."""
     plan, trials = finish(
         {
@@ -144,7 +144,7 @@ def test_figures_that_are_not_finite_do_not_lose_the_table(finish: Finish) -> No
     assert rows(Path(plan.out, "table.csv"))["base"]["perplexity_std"] == ""
 
 
-def test_multiples_are_of_the_reference(finish: Finish) -> None:
+def test_multiples_are_relative_to_the_reference(finish: Finish) -> None:
     keys = ("train_step_ms", "train_tokens_per_second", "eval_tokens_per_second", "eval_step_ms")
     plan, trials = finish(
         {"base": {key: [2.0, 4.0] for key in keys}, "x": {key: [12.0] for key in keys}, "no": {}}
@@ -172,7 +172,7 @@ def test_the_table_says_what_it_compares(finish: Finish) -> None:
     plan, trials = finish({"base": {"loss": [1.0]}, "x": {"loss": [2.0]}})
     table = write_outcome(plan, trials)
     assert re.search(r"against base\b.*over 2 documents", table)
-    # A single document that differs could as well differ the other way.
+    # With a single document that differs, both signs are equally likely.
     assert cells(table, "x")["Δ loss (p)"].endswith("(1)")
 
 

@@ -108,6 +108,7 @@ OTHER: dict[str, Any] = {
     "options": {"eps": 0.1},
     "betas": (0.5, 0.98),
     "weight_decay": 0.7,
+    "memory_lr_factor": 20.0,
     "schedule": "constant",
     "warmup_steps": 9,
     "total_steps": 8,

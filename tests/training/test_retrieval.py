@@ -27,7 +27,7 @@ def test_the_age_of_what_was_retrieved() -> None:
     # Row 0 holds tokens 0..7 of steps 0 and 1; row 1 tokens 4..11 of steps 1 and 2, 8 in slot 0.
     slots = torch.tensor([[[[0, 7], [3, 0]]], [[[0, 1], [7, 7]]]])
     valid = torch.tensor([[[[True, True], [True, False]]], [[[True, False], [True, True]]]])
-    retrieval = Retrieval(slots, valid, NOTHING, NOTHING, NOTHING)
+    retrieval = Retrieval(slots, valid, *[NOTHING] * 5, slots, valid)
     steps, tokens = retrieved_ages(memory, retrieval, step=3)
     # Row 0 retrieved tokens 0, 7 and 3; row 1 token 8 and twice token 7. The next are 8 and 12.
     assert steps.tolist() == [3 - 0, 3 - 1, 3 - 0, 3 - 2, 3 - 1, 3 - 1]
@@ -41,11 +41,11 @@ def test_recall_is_the_share_of_the_true_neighbours(kv_heads: int) -> None:
     queries = torch.randn(2, 4, 12, 8)
     grouped = queries.reshape(2, kv_heads, -1, 8)
     slots, valid = (x.reshape(2, 4, 12, -1) for x in make_search("exact")(grouped, memory, 8))
-    found = Retrieval(slots, valid, NOTHING, NOTHING, queries)
+    found = Retrieval(slots, valid, NOTHING, NOTHING, queries, NOTHING, NOTHING, slots, valid)
     assert retrieval_recall(memory, found, kv_heads) == 1.0
     last = make_search("exact")(-grouped, memory, 8).slots.reshape(2, 4, 12, -1)
     half = torch.cat([slots[..., :4], last[..., :4]], -1)
-    assert retrieval_recall(memory, found._replace(slots=half), kv_heads) == 0.5
+    assert retrieval_recall(memory, found._replace(searched=half), kv_heads) == 0.5
 
 
 def test_recall_is_measured_where_a_search_may_miss(texts: Path) -> None:

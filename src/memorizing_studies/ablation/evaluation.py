@@ -1,4 +1,4 @@
-"""One pass over the documents of a split: losses by document, time, recall of the search."""
+"""Evaluates a checkpoint on a split: loss by document, time, recall of the search."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from memorizing_transformers.training.checkpoint import folder as checkpoints
 from memorizing_transformers.training.checkpoint.export import TOKENIZER_KEY, is_packed
 
 RECALL_EVERY = 16
-"""Recall is measured at the first of every 16 searches of a layer."""
+"""Recall is measured at one of 16 searches of a layer."""
 RECALL_QUERIES = 16
-"""Queries of each row and key/value head whose recall is measured."""
+"""The number of queries per row and key/value head whose recall is measured."""
 
 
 def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: Any = None) -> None:
@@ -68,28 +68,28 @@ def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: 
 
 
 class MeasuredSearch(TimedSearch):
-    """A search that adds up its seconds and, on a sample of what it is asked, its recall.
+    """A search that measures its time and, on a sample of its queries, its recall.
 
     Args:
-        search: the search itself.
+        search: the search.
     """
 
     def __init__(self, search: Search) -> None:
         super().__init__(search)
-        self.aside = 0.0
-        """Seconds that measuring recall took."""
+        self.recall_seconds = 0.0
+        """The time that measuring recall took; not part of ``seconds``."""
         self.recalls: list[float] = []
         self._calls = 0
 
     def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
         found = super().__call__(queries, memory, top_k)
         ended = time.perf_counter()
-        # With no more pairs than neighbours every search finds all.
+        # If there are at most top_k pairs, every search finds all of them.
         if int(memory.fill.max()) > top_k:
             if self._calls % RECALL_EVERY == 0:
                 self.recalls.append(self._recall(queries, memory, found, top_k))
             self._calls += 1
-        self.aside += time.perf_counter() - ended
+        self.recall_seconds += time.perf_counter() - ended
         return found
 
     @staticmethod
@@ -102,20 +102,19 @@ class MeasuredSearch(TimedSearch):
 
 
 class Evaluation(Callback):
-    """Loads weights, then keeps what an evaluation shows.
+    """Loads a checkpoint's weights, then measures the evaluation.
 
     Args:
-        checkpoint: whose weights.
+        checkpoint: the checkpoint.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.documents: dict[int, list[float]] = {}
-        """By document: predicted tokens, summed loss in nats, CRC-32 of all its tokens in order."""
+        """By document: predicted tokens, summed loss in nats, CRC-32 of all its tokens."""
         self._searches: list[MeasuredSearch] = []
         self._seconds: list[float] = []
         self._began = 0.0
-        self._aside = 0.0
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         tokenizer = trainer.datamodule.text_tokenizer
@@ -127,9 +126,8 @@ class Evaluation(Callback):
     def _before(
         self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._aside = sum(search.aside for search in self._searches)
         wait_for(pl_module.device)
-        self._began = time.perf_counter()
+        self._began = self._clock()
 
     def _after(
         self,
@@ -141,26 +139,29 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         wait_for(pl_module.device)
-        taken = time.perf_counter() - self._began
-        self._seconds.append(taken + self._aside - sum(s.aside for s in self._searches))
+        self._seconds.append(self._clock() - self._began)
         losses, targets = outputs["nll"].double().sum(1).tolist(), batch.targets.cpu().numpy()
         inputs = batch.input_ids.cpu().numpy()
         for row, document in enumerate(batch.document.tolist()):
             if document < 0:
                 continue
             read = targets[row][targets[row] != IGNORE_INDEX]
-            # The first token of a document is no target.
+            # The first token of a document is never a target.
             first = [0, 0.0, zlib.crc32(inputs[row, :1].tobytes())]
-            tokens, loss, mark = self.documents.get(document, first)
-            mark = zlib.crc32(read.tobytes(), int(mark))
-            self.documents[document] = [tokens + len(read), loss + losses[row], mark]
+            tokens, loss, checksum = self.documents.get(document, first)
+            checksum = zlib.crc32(read.tobytes(), int(checksum))
+            self.documents[document] = [tokens + len(read), loss + losses[row], checksum]
+
+    def _clock(self) -> float:
+        """Seconds, without the time that measuring recall took."""
+        return time.perf_counter() - sum(search.recall_seconds for search in self._searches)
 
     on_test_start = on_validation_start = _start
     on_test_batch_start = on_validation_batch_start = _before
     on_test_batch_end = on_validation_batch_end = _after
 
     def figures(self) -> dict[str, float]:
-        """Tokens, tokens per second, milliseconds a batch and of search, recall where measured."""
+        """Tokens, tokens per second, milliseconds of a batch and of its searches, recall."""
         tokens, seconds = sum(d[0] for d in self.documents.values()), sum(self._seconds)
         found = {
             "tokens": tokens,

@@ -1,4 +1,4 @@
-"""Small JSON files that processes leave for each other."""
+"""Small JSON files through which processes exchange results."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from memorizing_transformers.errors import UserError
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is whole as soon as it has its name."""
+    """Write a file under a temporary name and rename it, so that readers never see half of it."""
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     draft.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file, or None where there is none.
+    """The content of a file, or None if it does not exist.
 
     Raises:
-        UserError: where it holds no JSON object.
+        UserError: if it does not hold a JSON object.
     """
     if not path.is_file():
         return None

@@ -10,47 +10,48 @@ from scipy.stats import permutation_test
 
 PERMUTATIONS = 9999
 BLOCK = 2**22
-"""Signs held at once."""
+"""The largest number of signs in memory at the same time."""
 DECIMALS = 12
-"""Of the statistic as a share of the largest that there can be."""
+"""Decimals of the statistic, which is divided by its largest possible value."""
 
 
 class Difference(NamedTuple):
-    """What changes from the base to a variant."""
+    """The difference in loss between a variant and the base."""
 
     loss: float
-    """Nats per token; below 0 the variant is better."""
+    """Nats per token; if below 0, the variant is better."""
     p_value: float
-    """Chance of a difference at least as large, either way, if neither were better."""
+    """Probability of a difference at least as large, in either direction, if neither is better."""
     documents: int
     spread: float | None
-    """Sample standard deviation of the loss over seeds, where there are several."""
+    """Sample standard deviation of the difference over seeds, or None with one seed."""
 
 
 def sign_flip_test(losses: ArrayLike, base: ArrayLike, seed: int = 0) -> float:
-    """Two-sided permutation test: if neither were better, each document's difference could as well
-    have the other sign.
+    """Two-sided permutation test over documents.
 
-    The statistic is the sum of the differences, so long documents weigh more, as in the perplexity.
+    If neither model is better, the difference of each document has either sign with the same
+    probability. The statistic is the sum of the differences, so long documents have more weight, as
+    in the perplexity.
 
     Args:
-        losses: (D,) summed over each document's tokens, in nats.
-        base: (D,) likewise, of the base.
-        seed: of the sign patterns that are drawn.
+        losses: (D,) the loss of each document, summed over its tokens, in nats.
+        base: (D,) the same for the base.
+        seed: the seed of the random sign patterns.
 
     Returns:
-        the p-value: exact where there are at most ``PERMUTATIONS`` sign patterns, that is up to 13
-        documents, otherwise from as many random ones. It is never below 2 / 2**D.
+        the p-value. It is exact if there are at most ``PERMUTATIONS`` sign patterns, that is up to
+        13 documents; else it is estimated from that many random patterns. It is at least 2 / 2**D.
     """
     difference = np.asarray(losses, float) - np.asarray(base, float)
-    # The sign of nothing changes nothing.
+    # A difference of 0 has no sign.
     difference = difference[difference != 0]
     if len(difference) < 2:
         return 1.0
     scale = np.abs(difference).sum()
 
     def statistic(signed: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        # Rounding errors must not decide whether a pattern equals what was observed.
+        # Rounding errors must not decide whether a pattern equals the observed one.
         return np.round(signed.sum(axis) / scale, DECIMALS)
 
     found = permutation_test(
@@ -67,14 +68,14 @@ def sign_flip_test(losses: ArrayLike, base: ArrayLike, seed: int = 0) -> float:
 def compare(
     variant: list[dict[str, list[float]]], base: list[dict[str, list[float]]]
 ) -> Difference | None:
-    """The difference to the base, documents being averaged over seeds first.
+    """The difference to the base. The loss of each document is first averaged over seeds.
 
     Args:
-        variant: for each seed, by document: tokens, summed loss, mark of the tokens.
-        base: likewise, with the same seeds.
+        variant: for each seed, by document: number of tokens, summed loss, checksum of the tokens.
+        base: the same for the base, with the same seeds.
 
     Returns:
-        None where they did not read the same tokens.
+        None if the two did not read the same tokens.
     """
     names = sorted(base[0])
     reads = [{name: (sums[0], sums[2]) for name, sums in one.items()} for one in [*variant, *base]]

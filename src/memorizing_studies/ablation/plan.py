@@ -1,4 +1,4 @@
-"""Plans of ablations: a base, variants that differ from it in what they name, seeds, a budget."""
+"""A plan of ablations: a base config, variants that change some of its keys, seeds, a budget."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ from memorizing_transformers.failures import describe
 from memorizing_transformers.training.cli import MemoryCLI, read_config
 
 BASE = "base"
-"""The variant that is the base itself; every plan has it."""
+"""The name of the variant that changes nothing; every plan has it."""
 
 LEAST_MINUTES, MOST_MINUTES = 1 / 60, 366 * 24 * 60
 LONGEST_REASON = 300
-"""Characters of what the parser says; it may quote a whole file."""
+"""Characters of an error of the parser, which may quote a complete file."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a variant trains: one of the two.
+    """How long a variant trains: a number of tokens or of minutes.
 
     Args:
-        tokens: token places, padding included; a step has accumulate_grad_batches × batch_rows ×
-            segment_length of them.
-        minutes: of training, validation included; learning rates that need an end keep the base's.
+        tokens: tokens, padding included. One optimiser step has accumulate_grad_batches ×
+            batch_rows × segment_length of them.
+        minutes: minutes of training, validation included. A learning rate schedule that needs a
+            last step takes the base's ``trainer.max_steps``.
+
+    Raises:
+        ConfigError: if not exactly one is given, or it is out of range.
     """
 
     tokens: int | None = None
@@ -42,14 +46,12 @@ class Budget:
 
     def __post_init__(self) -> None:
         one = (self.tokens is None) != (self.minutes is None)
-        whole = self.tokens is None or (type(self.tokens) is int and self.tokens > 0)
-        number = self.minutes is None or (
+        tokens = self.tokens is None or (type(self.tokens) is int and self.tokens > 0)
+        minutes = self.minutes is None or (
             type(self.minutes) in (int, float) and LEAST_MINUTES <= self.minutes <= MOST_MINUTES
         )
-        if not (one and whole and number):
-            remedy = (
-                "give tokens (a whole number above 0) or minutes (a second to a year), one of them"
-            )
+        if not (one and tokens and minutes):
+            remedy = "give either tokens (an integer above 0) or minutes (a second to a year)"
             raise ConfigError("budget", vars(self), remedy)
 
 
@@ -58,12 +60,13 @@ class Variant:
     """The base with some keys changed.
 
     Args:
-        name: of its folder and its line in the table.
-        overrides: values by the dotted keys of a config.
+        name: the name of its folder and of its row in the table.
+        overrides: config values by dotted key.
         run: train it, or only evaluate weights that another variant trained.
-        source: the variant whose weights it starts from (``from`` in the plan); for run=evaluate
-            the base unless given, for run=train none, which starts as the base does.
-        budget: of a variant that starts from another's weights; the plan's unless given.
+        source: the variant whose weights it starts from; its key in the plan is ``from``. Default:
+            the base for run=evaluate; for run=train None, which means new weights.
+        budget: its own budget, allowed only for a variant that is trained from another's weights.
+            None: the plan's.
     """
 
     name: str
@@ -79,12 +82,12 @@ class Plan:
 
     Args:
         base: path of the base config.
-        variants: with the base first.
-        budget: of every variant that is trained from the start.
-        overrides: changes of the base itself, which all variants share.
-        seeds: of initial weights and document order, each variant once with each.
-        reference: the variant that the table holds the others against.
-        split: what the table is about, test or validation.
+        variants: the variants, the base first.
+        budget: how long each variant trains that has no budget of its own.
+        overrides: changes of the base config that all variants share.
+        seeds: seeds of initial weights and document order. Each variant runs once with each seed.
+        reference: the variant that the table compares the others with.
+        split: the split that is evaluated, test or validation.
         out: folder of the runs and the results.
     """
 
@@ -102,7 +105,7 @@ class Plan:
         return next(variant for variant in self.variants if variant.name == name)
 
     def settings(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """What a variant sets over the base config, the budget's part left out."""
+        """What a variant sets over the base config, except the keys of its budget."""
         own = {"seed_everything": seed, "data.seed": seed, "final_report": False}
         device = {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
         return {**self.overrides, **variant.overrides, **own, **device}
@@ -111,17 +114,17 @@ class Plan:
         """The budget of a variant as keys of the trainer.
 
         Raises:
-            ConfigError: where it is less than one step, or the base has a limit of its own.
+            ConfigError: if the budget is less than one step, or the base has another limit.
         """
         budget = variant.budget or self.budget
         trainer = cli.config["trainer"]
         for key, none in (("max_time", None), ("max_epochs", -1), ("fast_dev_run", False)):
             if trainer[key] not in (None, none):
-                remedy = "take it out of the base; the plan's budget says how long to train"
+                remedy = "remove it from the base; the plan's budget sets how long to train"
                 raise ConfigError(f"trainer.{key}", trainer[key], remedy)
         scheduler = GradientAccumulationScheduler
         if any(isinstance(one, scheduler) for one in cli.trainer.callbacks):
-            remedy = "accumulates more in some epochs; set trainer.accumulate_grad_batches instead"
+            remedy = "changes the tokens of a step; set trainer.accumulate_grad_batches instead"
             raise ConfigError("trainer.callbacks", scheduler.__name__, remedy)
         if budget.tokens is None:
             assert budget.minutes is not None
@@ -132,7 +135,7 @@ class Plan:
         places = cli.datamodule.batch_rows * cli.datamodule.segment_length
         places *= int(trainer["accumulate_grad_batches"])
         if budget.tokens < places:
-            remedy = f"less than one step ({places}); give at least as many"
+            remedy = f"less than one step ({places}); give at least that many"
             raise ConfigError("budget.tokens", budget.tokens, remedy)
         return {"trainer.max_steps": budget.tokens // places}
 
@@ -144,42 +147,40 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str, Any]]:
-    """A variant's model and data, built but for the network, and every value of its config, budget
-    included, by dotted key; nothing is run.
+    """Build a variant's model and data, except the network; nothing is run.
+
+    Returns:
+        the command line with module and data, and every config value by dotted key, the budget
+        included.
 
     Raises:
-        UserError: naming the variant and what cannot work.
+        UserError: naming the variant and the setting that cannot work.
     """
     settings = plan.settings(variant, seed)
-    said = io.StringIO()
-    # Lightning tells every seed that it sets.
+    printed = io.StringIO()
+    # Lightning logs every seed that it sets.
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             cli = read_config(plan.base, arguments(settings))
             limits = plan.limits(variant, cli)
             check_sources(cli.datamodule.settings.sources, plan.split)
     except SystemExit as stop:
-        # The parser prints what it has to say.
-        reason = shorten(said.getvalue().removeprefix("error: "), LONGEST_REASON)
+        # The parser has printed the error.
+        reason = shorten(printed.getvalue().removeprefix("error: "), LONGEST_REASON)
         raise UserError(f"variants.{variant.name}: {reason}") from stop
     except Exception as error:
         raise UserError(f"variants.{variant.name}: {describe(error)[0]}") from error
     finally:
         logging.disable(logging.NOTSET)
     found = {key: _plain(value) for key, value in vars(cli.config.as_flat()).items()}
-    # The path of the base itself is no setting.
+    # The path of the base is not a setting.
     found.pop("config", None)
     return cli, {**found, **settings, **limits}
 
 
-def resolve(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
-    """Every value of a variant's config, as ``build`` finds them."""
-    return build(plan, variant, seed)[1]
-
-
 def _plain(value: Any) -> Any:
-    """A value as JSON keeps it."""
+    """The value as JSON stores it."""
     if isinstance(value, Namespace):
         value = value.as_dict()
     if isinstance(value, dict):
@@ -190,9 +191,9 @@ def _plain(value: Any) -> Any:
 
 
 def check(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The resolved config of every variant, with the first seed.
+    """Every config value of each variant, by its name, with the first seed.
 
     Raises:
-        UserError: where one cannot work.
+        UserError: if one cannot work.
     """
-    return {variant.name: resolve(plan, variant, plan.seeds[0]) for variant in plan.variants}
+    return {variant.name: build(plan, variant, plan.seeds[0])[1] for variant in plan.variants}

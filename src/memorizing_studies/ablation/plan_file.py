@@ -1,4 +1,4 @@
-"""Reading a plan of ablations from its file, and refusing what is none."""
+"""Reads a plan of ablations from its YAML file and checks it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ OWNED = {
     "config": "base",
     "print_config": "base",
 }
-"""Keys of a config that a plan sets by itself, and what to use instead."""
+"""Config keys that a plan sets by itself, and what to use instead."""
 
 NAME = re.compile(r"\w[\w.+-]{0,99}")
 LONGEST_NAME = 200
-"""Bytes of UTF-8; file systems allow a few more."""
+"""Bytes in UTF-8; file systems allow 255."""
 TAKEN = ("tensorboard", "table.md", "table.csv", "trials.csv", "plot.png")
-"""What else stands in a plan's folder."""
+"""Names of other files in a plan's folder."""
 
 
 def _read(path: str | Path, key: str) -> Any:
@@ -54,7 +54,7 @@ def _read(path: str | Path, key: str) -> Any:
     except RepeatedKey as error:
         raise ConfigError(key, str(path), str(error)) from error
     except yaml.YAMLError as error:
-        raise ConfigError(key, str(path), f"is no YAML: {error}") from error
+        raise ConfigError(key, str(path), f"is not valid YAML: {error}") from error
     except RecursionError as error:
         raise ConfigError(key, str(path), "is nested too deeply") from error
     except ValueError as error:
@@ -62,7 +62,14 @@ def _read(path: str | Path, key: str) -> Any:
 
 
 def _known(kind: type, given: Any, where: str, renamed: str = "") -> dict[str, Any]:
-    """A mapping of a plan's, its keys among the fields of ``kind``."""
+    """A mapping whose keys are fields of ``kind``.
+
+    Args:
+        kind: the dataclass.
+        given: the mapping.
+        where: its key in the plan, for errors.
+        renamed: the key in the plan of the field ``source``.
+    """
     if not isinstance(given, dict):
         raise ConfigError(where, given, "must be a mapping")
     names = [renamed if f.name == "source" and renamed else f.name for f in fields(kind)]
@@ -95,7 +102,7 @@ def _overrides(given: Any, where: str) -> dict[str, Any]:
 
 
 def _flat(given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values, also where mappings are nested; a class stays one value."""
+    """Dotted keys and values of nested mappings; a mapping with ``class_path`` is one value."""
     for key, value in given.items():
         if isinstance(value, dict) and value and "class_path" not in value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -108,16 +115,15 @@ def _variant(given: Any, number: int) -> Variant:
     found = _known(Variant, given, where, "from")
     name = found.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        remedy = (
-            "may hold letters, digits and . _ + - only; put it in quotes if YAML reads a number or "
-            "a boolean"
-        )
+        remedy = "may have letters, digits and . _ + - only; put numbers and booleans in quotes"
         raise ConfigError(f"{where}.name", name, remedy)
     if len(name.encode()) > LONGEST_NAME:
         remedy = f"must be at most {LONGEST_NAME} bytes, as it names a folder"
         raise ConfigError(f"{where}.name", name, remedy)
     if name.lower() in TAKEN:
-        raise ConfigError(f"{where}.name", name, "is what a result of the plan is called")
+        raise ConfigError(
+            f"{where}.name", name, "is the name of a result file; choose another name"
+        )
     where = f"variants.{name}"
     found["overrides"] = _overrides(found.get("overrides", {}), f"{where}.overrides")
     if not isinstance(found.get("source"), str | None):
@@ -127,7 +133,7 @@ def _variant(given: Any, number: int) -> Variant:
         raise ConfigError(f"{where}.run", run, "must be train or evaluate")
     if "budget" in found:
         if run != "train" or found.get("source") is None:
-            remedy = "only a variant that trains from another's weights has its own"
+            remedy = "only a variant with run=train and from may have its own budget"
             raise ConfigError(f"{where}.budget", found["budget"], remedy)
         found["budget"] = Budget(**_known(Budget, found["budget"], f"{where}.budget"))
     if run == "evaluate":
@@ -143,18 +149,20 @@ def _check_sources(variants: tuple[Variant, ...]) -> None:
             if at.source not in by_name or by_name[at.source].run != "train":
                 raise ConfigError(key, at.source, "must name a variant that is trained")
             if at.source in seen:
-                raise ConfigError(key, variant.source, "makes a circle: it would start from itself")
+                raise ConfigError(
+                    key, variant.source, "is circular: the variant would start from its own weights"
+                )
             seen.add(at.source)
             at = by_name[at.source]
 
 
 def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -> Plan:
-    """Read a plan and refuse what is no plan; ``check`` looks at the configs themselves.
+    """Read a plan and check its own keys; ``check`` checks the configs of its variants.
 
     Args:
         path: the YAML file.
-        overrides: a mapping that is laid over the plan's own overrides of the base.
-        out: in place of the plan's own folder.
+        overrides: changes of the base, which replace those of the plan key by key.
+        out: the folder to use instead of the plan's.
 
     Raises:
         UserError: naming the key, its value and what would do.
@@ -163,17 +171,17 @@ def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -
     if not isinstance(given.get("base"), str) or not Path(given["base"]).is_file():
         raise ConfigError("base", given.get("base"), "must be the path of a training config")
     if not isinstance(_read(given["base"], "base"), dict):
-        raise ConfigError("base", given["base"], "holds no mapping of keys to values")
+        raise ConfigError("base", given["base"], "must be a mapping of keys to values")
     listed = given.get("variants")
     if not isinstance(listed, list) or not listed:
         raise ConfigError("variants", listed, "must list at least one variant")
     variants = (Variant(BASE), *(_variant(one, number) for number, one in enumerate(listed)))
     names = [variant.name for variant in variants]
-    # Some file systems do not tell case apart.
+    # Some file systems ignore case.
     folders = [name.lower() for name in names]
     for name in names[1:]:
         if folders.count(name.lower()) > 1:
-            remedy = "names the base itself" if name.lower() == BASE else "is given twice"
+            remedy = "is the name of the base" if name.lower() == BASE else "is given twice"
             raise ConfigError("variants", name, remedy)
     _check_sources(variants)
     reference = given.get("reference", BASE)
@@ -182,7 +190,7 @@ def load_plan(path: str | Path, overrides: Any = None, out: str | None = None) -
     seeds = given.get("seeds", [0])
     plain = isinstance(seeds, list) and all(type(s) is int and 0 <= s < 2**32 for s in seeds)
     if not plain or not seeds or len({*seeds}) < len(seeds):
-        raise ConfigError("seeds", seeds, "must list different whole numbers, 0 to 4,294,967,295")
+        raise ConfigError("seeds", seeds, "must list different integers from 0 to 4,294,967,295")
     if given.get("split", "test") not in ("test", "validation"):
         raise ConfigError("split", given["split"], "must be test or validation")
     out = out or given.get("out", f"runs/ablations/{Path(path).stem}")

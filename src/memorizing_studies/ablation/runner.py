@@ -1,56 +1,39 @@
-"""Runs a plan: each variant once with each seed, side by side if told so, never twice."""
+"""Runs the trials of a plan. A trial that has finished never runs again."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from memorizing_transformers.errors import ConfigError, UserError
 
 from .json_files import read_json
-from .plan import Plan, resolve
+from .plan import Plan, check
+from .processes import Processes, ThisProcess
+from .slurm import SlurmJobs
 from .table import write_outcome
-from .trial import Trial, run_trial
+from .trial import Trial
 
-POLL_SECONDS = 0.2
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
-"""Between two states of the progress bar."""
-STOP_SECONDS = 30
-"""How long a worker may take to leave when it is told to."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
-                    "RAYON_NUM_THREADS")  # fmt: skip
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return [str(index) for index in range(torch.cuda.device_count())]
-    return [name for name in named.split(",") if name]
+"""Seconds between two updates of the progress bar."""
 
 
 def make_trials(plan: Plan) -> list[Trial]:
-    """Every trial, those first that others start from, each noted in its folder.
+    """All trials, each after the trial that it starts from, and each written to its folder.
 
     Raises:
-        UserError: where a config cannot work, a folder holds a trial of another config, or the
-            plan's folder cannot be written.
+        UserError: if a config cannot work, a folder holds a trial of another config, or the plan's
+            folder cannot be written.
     """
     out, trials = Path(plan.out), []
     order = sorted(plan.variants, key=lambda variant: _depth(plan, variant.name))
-    configs = {variant.name: resolve(plan, variant, plan.seeds[0]) for variant in order}
+    configs = check(plan)
     asked: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in plan.seeds:
         for variant in order:
@@ -87,6 +70,7 @@ def make_trials(plan: Plan) -> list[Trial]:
 
 
 def _depth(plan: Plan, name: str) -> int:
+    """How many other trials a trial needs first."""
     source = plan.variant(name).source
     return 0 if source is None else 1 + _depth(plan, source)
 
@@ -94,165 +78,155 @@ def _depth(plan: Plan, name: str) -> int:
 def _check_unchanged(trial: Trial, now: dict[str, Any]) -> None:
     path = trial.path / "trial.json"
     try:
-        noted = read_json(path)
-        before = now if noted is None else dict(noted["asked"])
+        found = read_json(path)
+        before = now if found is None else dict(found["asked"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; delete that folder, or give another --out") from error
     changed = [key for key in now if now[key] != before.get(key)]
     if changed:
         key = changed[0]
         raise UserError(
-            f"variants.{trial.variant}: {key} = {now[key]!r}, but {trial.folder} was begun with "
+            f"variants.{trial.variant}: {key} = {now[key]!r}, but {trial.folder} was started with "
             f"{before.get(key)!r}; give another --out, or delete that folder"
         )
 
 
-@dataclass(frozen=True)
-class Running:
-    """A trial in a process of its own.
+class Run(Protocol):
+    """A trial that an executor has started."""
 
-    Args:
-        trial: what runs.
-        process: where.
-        gpu: the one that it sees, where there is any.
-    """
+    @property
+    def trial(self) -> Trial:
+        """The trial."""
 
-    trial: Trial
-    process: subprocess.Popen[bytes]
-    gpu: str | None
+    def ended(self) -> bool:
+        """Whether it has ended."""
+
+    def end(self) -> str:
+        """How it ended, for a trial that has written neither a result nor a failure."""
+
+
+class Executor(Protocol):
+    """Where trials run: ``ThisProcess``, ``Processes`` or ``SlurmJobs``."""
+
+    jobs: int
+    """The number of trials at the same time."""
+    poll_seconds: float
+    """Seconds between two checks for trials that have ended."""
+
+    def start(self, trial: Trial, running: Sequence[Any]) -> Run:
+        """Start a trial; ``running`` are those that run already."""
+
+    def stop(self, running: Sequence[Any]) -> None:
+        """End, or leave, the trials that run when the runner stops."""
 
 
 class Runner:
-    """Runs trials, as many at once as there are jobs.
+    """Runs trials, as many at the same time as the executor allows.
 
     Args:
-        trials: those first that others start from.
-        jobs: processes at once; 0 runs the trials one after the other in this process.
-        threads: of each process; None for ``OMP_NUM_THREADS``, or the processors shared out.
+        trials: each after the trial whose weights it starts from.
+        executor: where they run.
     """
 
-    def __init__(self, trials: list[Trial], jobs: int, threads: int | None) -> None:
+    def __init__(self, trials: list[Trial], executor: Executor) -> None:
         self.trials = trials
-        self.jobs = jobs
-        given = os.environ.get("OMP_NUM_THREADS", "")
-        share = (os.cpu_count() or 1) // max(1, jobs)
-        self.threads = threads or (int(given) if given.isdecimal() else share) or 1
-        self._running: list[Running] = []
+        self.executor = executor
+        self._running: list[Run] = []
+        self._finished = {trial.folder for trial in trials if trial.result is not None}
 
     def run(self) -> None:
-        """Run what is not finished; a trial that fails is noted and the others go on."""
-        finished = {trial.folder for trial in self.trials if trial.result is not None}
-        waiting = [trial for trial in self.trials if trial.folder not in finished]
+        """Run the trials that are not finished. If one fails, the others still run."""
+        waiting = [trial for trial in self.trials if trial.folder not in self._finished]
         for trial in waiting:
             (trial.path / "failed.json").unlink(missing_ok=True)
         # A log file needs fewer lines than a terminal.
         every = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
-        shape = {"total": len(self.trials), "initial": len(finished), "unit": "run"}
+        shape = {"total": len(self.trials), "initial": len(self._finished), "unit": "run"}
         with tqdm(**shape, desc="ablate", miniters=0, mininterval=every) as bar:
             try:
                 while waiting or self._running:
-                    waiting = self._start_ready(waiting, finished, bar)
-                    if self._running:
-                        time.sleep(POLL_SECONDS)
-                        self._collect(finished, bar)
-                    bar.set_postfix_str(self._stand(), refresh=False)
+                    waiting = [trial for trial in waiting if not self._start(trial, bar)]
+                    bar.set_postfix_str(self._progress(), refresh=False)
                     bar.update(0)
+                    if self._running:
+                        time.sleep(self.executor.poll_seconds)
+                        self._collect(bar)
             finally:
-                self._stop()
+                self.executor.stop(self._running)
 
-    def _start_ready(self, waiting: list[Trial], finished: set[str], bar: Any) -> list[Trial]:
-        left = []
-        for trial in waiting:
-            if trial.source is not None and trial.source not in finished:
-                left.append(trial)
-            elif trial.source is not None and not Path(trial.source, "trained.json").is_file():
-                trial.fail(f"the weights it starts from are missing: {trial.source} failed")
-                self._end(trial, finished, bar)
-            elif self.jobs == 0:
-                bar.set_postfix_str(f"{trial.variant} seed {trial.seed}")
-                self._here(trial)
-                self._end(trial, finished, bar)
-            elif len(self._running) < self.jobs:
-                self._running.append(self._worker(trial))
-            else:
-                left.append(trial)
-        return left
+    def _start(self, trial: Trial, bar: Any) -> bool:
+        """Start a trial, or let it fail if its source failed; False if it has to wait."""
+        if trial.source is not None and trial.source not in self._finished:
+            return False
+        if trial.source is not None and not Path(trial.source, "trained.json").is_file():
+            trial.fail(f"the weights it starts from are missing: {trial.source} failed")
+            self._end(trial, bar)
+        elif len(self._running) >= self.executor.jobs:
+            return False
+        else:
+            bar.set_postfix_str(f"{trial.variant} seed {trial.seed}")
+            self._running.append(self.executor.start(trial, self._running))
+        return True
 
-    def _worker(self, trial: Trial) -> Running:
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))}
-        # In a clone that is not installed, a new process does not know where the packages are.
-        places = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(places)
-        taken = [running.gpu for running in self._running]
-        gpu = min(visible_gpus(), key=taken.count, default=None)
-        if gpu is not None:
-            # Each takes the first of those that it sees.
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        command = [sys.executable, "-m", f"{__package__}.worker", trial.folder]
-        with (trial.path / "log.txt").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        return Running(trial, process, gpu)
+    def _collect(self, bar: Any) -> None:
+        for run in [run for run in self._running if run.ended()]:
+            self._running.remove(run)
+            if run.trial.result is None and run.trial.failure is None:
+                run.trial.fail(run.end())
+            self._end(run.trial, bar)
 
-    @staticmethod
-    def _here(trial: Trial) -> None:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                run_trial(trial)
-        except Exception:
-            logging.getLogger(__name__).debug("%s", trial.folder, exc_info=True)
-        finally:
-            with (trial.path / "log.txt").open("a") as log:
-                log.write(said.getvalue())
-
-    def _collect(self, finished: set[str], bar: Any) -> None:
-        ended = [running for running in self._running if running.process.poll() is not None]
-        for running in ended:
-            self._running.remove(running)
-            trial, code = running.trial, running.process.returncode
-            if trial.result is None and trial.failure is None:
-                trial.fail(f"its process ended with code {code}, see log.txt")
-            self._end(trial, finished, bar)
-
-    @staticmethod
-    def _end(trial: Trial, finished: set[str], bar: Any) -> None:
-        finished.add(trial.folder)
+    def _end(self, trial: Trial, bar: Any) -> None:
+        self._finished.add(trial.folder)
         bar.update()
         if trial.failure is not None:
             bar.write(f"{trial.variant} seed {trial.seed} failed: {trial.failure}")
 
-    def _stand(self) -> str:
+    def _progress(self) -> str:
         parts = []
-        for running in self._running:
-            trial = running.trial
-            at = read_json(trial.path / "progress.json")
+        for run in self._running:
+            at = read_json(run.trial.path / "progress.json")
             steps = "" if at is None else f" {at['step']}/{at['of']}"
-            parts.append(f"{trial.variant} seed {trial.seed}{steps}")
+            parts.append(f"{run.trial.variant} seed {run.trial.seed}{steps}")
         return ", ".join(parts)
 
-    def _stop(self) -> None:
-        for running in self._running:
-            running.process.terminate()
-        for running in self._running:
-            try:
-                running.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                running.process.kill()
-                running.process.wait()
-        self._running = []
+
+def make_executor(
+    name: str, jobs: int | None, threads: int | None, slurm: Mapping[str, Any] | None
+) -> Executor:
+    """The executor that the command line asks for.
+
+    Args:
+        name: ``local`` or ``slurm``.
+        jobs: the number of trials at the same time; 0 for one after the other in this process.
+        threads: CPU threads of each trial.
+        slurm: options of sbatch.
+
+    Raises:
+        ConfigError: naming what cannot work.
+    """
+    least = 1 if name == "slurm" else 0
+    if jobs is not None and jobs < least:
+        raise ConfigError("jobs", jobs, f"must be at least {least} with executor={name}")
+    if threads is not None and threads < 1:
+        raise ConfigError("threads", threads, "must be at least 1")
+    if name == "slurm":
+        return SlurmJobs(jobs, threads, slurm or {})
+    if slurm is not None:
+        raise ConfigError("slurm", slurm, "needs executor=slurm")
+    return ThisProcess() if jobs == 0 else Processes(jobs or 1, threads)
 
 
-def run_plan(plan: Plan, jobs: int = 1, threads: int | None = None) -> list[Trial]:
+def run_plan(plan: Plan, executor: Executor) -> list[Trial]:
     """Run what is left of a plan and write its table into the plan's folder; returns its trials.
 
     Raises:
-        UserError: where the plan cannot work, before anything runs.
+        UserError: if the plan cannot work, before anything runs.
     """
     trials = make_trials(plan)
     try:
         with FileLock(Path(plan.out) / ".lock", timeout=0):
-            Runner(trials, jobs, threads).run()
+            Runner(trials, executor).run()
             write_outcome(plan, trials)
     except Timeout as error:
-        raise UserError(f"out = {plan.out!r}: another ablate is at work there") from error
+        raise UserError(f"out = {plan.out!r}: another ablate runs this plan") from error
     return trials

@@ -1,4 +1,4 @@
-"""What a plan shows: a table as Markdown and CSV, a plot, TensorBoard's hparams."""
+"""The results of a plan: a table as Markdown and CSV, a plot, TensorBoard's HPARAMS page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +36,31 @@ FIGURES = (
     "tokens",
     "parameters",
 )
-"""Of a trial, as ``result.json`` names them."""
+"""Figures of a trial, by their names in ``result.json``."""
 RELATIVE = ("train_tokens_per_second", "train_step_ms", "eval_tokens_per_second", "eval_step_ms")
-"""Those that also stand in the table as a multiple of the base's."""
+"""Figures that the table also shows as a multiple of the reference's."""
 
 
 @dataclass
 class Row:
-    """A variant over its seeds."""
+    """The figures of a variant over its seeds."""
 
     name: str
     how: str
     mean: dict[str, float]
     spread: dict[str, float]
-    """Sample standard deviation over seeds, where there are several and all are finite."""
+    """Sample standard deviation over seeds, if there are several and all figures are finite."""
     seeds: int
+    relative: dict[str, float] = field(default_factory=dict)
+    """Figures of ``RELATIVE`` as multiples of the reference's."""
     difference: Difference | None = None
     failures: tuple[str, ...] = ()
 
 
 def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
-    """Every variant's figures over the seeds that came to an end, and its difference to the
-    reference over the seeds that both have."""
+    """A row for each variant, from the seeds that have finished.
+
+    The difference to the reference is over the seeds that have finished for both."""
     by_place = {(trial.variant, trial.seed): trial for trial in trials}
     documents = {
         place: losses
@@ -92,18 +95,11 @@ def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
                 [documents[plan.reference, seed] for seed in both],
             )
         rows.append(row)
+    reference = next(row.mean for row in rows if row.name == plan.reference)
+    for row in rows:
+        keys = [key for key in RELATIVE if key in row.mean and reference.get(key)]
+        row.relative = {key: row.mean[key] / reference[key] for key in keys}
     return rows
-
-
-def relative(row: Row, reference: Row, key: str) -> float | None:
-    """A figure as a multiple of the reference's."""
-    if key not in row.mean or not reference.mean.get(key):
-        return None
-    return row.mean[key] / reference.mean[key]
-
-
-def _reference(plan: Plan, rows: Sequence[Row]) -> Row:
-    return next(row for row in rows if row.name == plan.reference)
 
 
 def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
@@ -113,14 +109,13 @@ def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
     return f"{text} ± {format(scale * row.spread[key], form)}" if key in row.spread else text
 
 
-def _times(row: Row, reference: Row, key: str, form: str) -> str:
-    factor = relative(row, reference, key)
-    return _cell(row, key, form) + ("" if factor is None else f" ({factor:.2f} x)")
+def _relative_cell(row: Row, key: str, form: str) -> str:
+    multiple = f" ({row.relative[key]:.2f} x)" if key in row.relative else ""
+    return _cell(row, key, form) + multiple
 
 
 def markdown(plan: Plan, rows: Sequence[Row]) -> str:
-    """The table for people."""
-    reference = _reference(plan, rows)
+    """The table as Markdown."""
     heads = ["variant", "run", "perplexity", "bits per byte", "accuracy %", "Δ loss (p)",
              "training tokens/s", "step ms", "evaluation tokens/s", "search ms",
              "recall"]  # fmt: skip
@@ -138,9 +133,9 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
             _cell(row, "bits_per_byte", ".4f"),
             _cell(row, "accuracy", ".2f", 100),
             difference,
-            _times(row, reference, "train_tokens_per_second", ",.0f"),
-            _times(row, reference, "train_step_ms", ".1f"),
-            _times(row, reference, "eval_tokens_per_second", ",.0f"),
+            _relative_cell(row, "train_tokens_per_second", ",.0f"),
+            _relative_cell(row, "train_step_ms", ".1f"),
+            _relative_cell(row, "eval_tokens_per_second", ",.0f"),
             _cell(row, "eval_search_ms", ".1f"),
             _cell(row, "recall", ".3f"),
         ]
@@ -150,10 +145,10 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     notes = [
         f"Base: `{plan.base}`; split: {plan.split}; seeds: {seeds}; ± is the sample "
         "standard deviation over seeds.",
-        f"Δ loss: nats per token against {plan.reference}, below 0 is better; p by a sign-flip "
-        f"test over {tests[0] if tests else 0} documents, averaged over seeds. Left out where a "
+        f"Δ loss: nats per token against {plan.reference}, below 0 is better; p from a sign-flip "
+        f"test over {tests[0] if tests else 0} documents, averaged over seeds. Empty if a "
         "variant did not read the same tokens.",
-        "Search ms and recall: of a batch of the evaluation.",
+        "Search ms: per batch of the evaluation. Recall: of the evaluation.",
     ]
     failures = [f"- {row.name}, {why}" for row in rows for why in row.failures]
     parts = [f"# {Path(plan.out).resolve().name}", "\n".join(lines), *notes]
@@ -162,21 +157,20 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
-    """The table for programs: means, spreads, multiples of the reference's, the paired test."""
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """The table as CSV: means, spreads, multiples of the reference's, the paired test."""
     names = ["variant", "run", "seeds"]
     for key in FIGURES:
         names += [key, f"{key}_std"]
     names += [f"{key}_relative" for key in RELATIVE]
     names += ["loss_difference", "loss_difference_std", "p_value", "documents", "failures"]
-    reference = _reference(plan, rows)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for row in rows:
             record: dict[str, Any] = {"variant": row.name, "run": row.how, "seeds": row.seeds}
             record |= row.mean | {f"{key}_std": value for key, value in row.spread.items()}
-            record |= {f"{key}_relative": relative(row, reference, key) for key in RELATIVE}
+            record |= {f"{key}_relative": value for key, value in row.relative.items()}
             if row.difference is not None:
                 loss, p_value, documents, spread = row.difference
                 record |= {"loss_difference": loss, "loss_difference_std": spread}
@@ -185,7 +179,7 @@ def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
 
 
 def write_trials(path: Path, trials: Sequence[Trial]) -> None:
-    """The raw results: a line for each variant and seed."""
+    """The raw results: a row for each variant and seed."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
             file, ["variant", "seed", *FIGURES, "failure"], extrasaction="ignore"
@@ -197,7 +191,7 @@ def write_trials(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
-    """Perplexity of every variant, with its spread over seeds, and the reference as a line."""
+    """Plot the perplexity of each variant with its spread over seeds, the reference as a line."""
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if math.isfinite(row.mean.get("perplexity", math.nan))]
@@ -219,7 +213,7 @@ def draw(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
 
 
 def write_hparams(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None:
-    """An HPARAMS page that lists what the variants change, with the figures of every trial."""
+    """TensorBoard's HPARAMS page: the keys that variants change and the figures of each trial."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -246,7 +240,7 @@ def write_outcome(plan: Plan, trials: Sequence[Trial]) -> str:
     out, rows = Path(plan.out), make_rows(plan, trials)
     table = markdown(plan, rows)
     (out / "table.md").write_text(table, encoding="utf-8")
-    write_csv(out / "table.csv", plan, rows)
+    write_csv(out / "table.csv", rows)
     write_trials(out / "trials.csv", trials)
     draw(out / "plot.png", plan, rows)
     write_hparams(out / "tensorboard", plan, trials)

@@ -1,13 +1,13 @@
-"""One variant with one seed, in a folder of its own: trained, evaluated, and what came of it.
+"""One variant with one seed: trained and evaluated, in a folder of its own.
 
 VARIANT/seed-0/
-  trial.json       what was asked, every value of the config and of its source's
+  trial.json       the trial, and every config value of it and of its source
   version_0/       the training run
   texts.json       which texts it read
-  trained.json     its checkpoint, steps, tokens and time; there once it has ended
+  trained.json     its checkpoint, steps, tokens and time, written when training has ended
   documents.json   loss by document
-  result.json      the figures; there once all is done
-  failed.json      the reason; there if it failed
+  result.json      the figures, written when everything is done
+  failed.json      the reason, written if it failed
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import math
 import os
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,23 @@ from .plan import arguments
 from .trial_callbacks import SameTexts, StartFrom, TrialProgress
 
 LOCK_SECONDS = 30.0
-"""How long to wait for a worker whose runner was killed; it soon ends itself."""
+"""How long to wait for a process whose runner was killed; it ends by itself."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a worker needs to know.
+    """One variant with one seed.
 
     Args:
-        variant: its name.
-        seed: of weights and document order.
-        folder: of its own.
+        variant: the name of the variant.
+        seed: the seed of initial weights and document order.
+        folder: the folder of the trial.
         base: path of the base config.
-        settings: what the variant sets over it, without the budget.
-        limits: the budget, as keys of the trainer.
-        train: train it; otherwise only evaluate weights of ``source``.
+        settings: config values that the variant sets over the base, without the budget.
+        limits: the budget as keys of the trainer.
+        train: train it; otherwise only evaluate the weights of ``source``.
         source: the folder of the trial whose weights it starts from, or None.
-        split: what is evaluated.
+        split: the split to evaluate.
     """
 
     variant: str
@@ -73,33 +73,43 @@ class Trial:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The figures, once there are any."""
+        """The figures, or None if it is not finished."""
         found: dict[str, Any] | None = read_json(self.path / "result.json")
         return found
 
     @property
     def failure(self) -> str | None:
-        """Why it failed, if it did and has not come to its end since."""
+        """Why it failed, or None if it did not fail or has finished since."""
         found = None if self.result is not None else read_json(self.path / "failed.json")
         return None if found is None else str(found["reason"])
 
     def fail(self, reason: str) -> None:
-        """Note that it failed."""
+        """Write that it failed."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "failed.json", {"reason": reason})
 
     def save(self, asked: dict[str, Any]) -> None:
-        """Note what is asked, so that nobody goes on with something else."""
+        """Write the trial to its folder.
+
+        Args:
+            asked: every value of its config and of its source's, which a later call compares.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "trial.json", {**asdict(self), "asked": asked})
 
+    @classmethod
+    def load(cls, folder: Path) -> Trial:
+        """The trial that ``save`` wrote to a folder."""
+        found = read_json(folder / "trial.json")
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
+
 
 class TrialCLI(MemoryCLI):
-    """The training command line with callbacks of ours.
+    """The training command line with more callbacks.
 
     Args:
         extra: the callbacks.
-        kwargs: as for ``MemoryCLI``.
+        kwargs: arguments of ``MemoryCLI``.
     """
 
     def __init__(self, extra: list[Callback], **kwargs: Any) -> None:
@@ -115,8 +125,8 @@ class TrialCLI(MemoryCLI):
 
 
 def curves(folder: Path) -> dict[str, float]:
-    """What training logged of search: median milliseconds a step, mean recall over the second half
-    of the measurements."""
+    """What training logged about search: its median milliseconds per step, and its mean recall over
+    the second half of the measurements."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     found, recalls = {}, []
@@ -132,10 +142,13 @@ def curves(folder: Path) -> dict[str, float]:
 
 
 def train(trial: Trial) -> dict[str, Any]:
-    """Train, or go on where a killed run stopped; figures of the run.
+    """Train, or resume a run that was killed.
+
+    Returns:
+        the checkpoint's path and the figures of the run, as ``trained.json`` keeps them.
 
     Raises:
-        UserError: where it ended before its budget was spent, or within its first step.
+        UserError: if training ended before its budget was used, or before its first step.
     """
     quiet = {"trainer.enable_progress_bar": False, "trainer.enable_model_summary": False}
     root = {"trainer.default_root_dir": trial.folder}
@@ -173,7 +186,7 @@ def source_checkpoint(trial: Trial) -> Path:
     """The weights that a trial starts from.
 
     Raises:
-        UserError: where the source has none.
+        UserError: if the source has none.
     """
     folder = Path(trial.source or trial.folder)
     trained = read_json(folder / "trained.json")
@@ -183,14 +196,17 @@ def source_checkpoint(trial: Trial) -> Path:
 
 
 def evaluate(trial: Trial, checkpoint: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Figures and losses by document of a checkpoint's weights under the trial's config.
+    """Evaluate a checkpoint's weights with the trial's config.
+
+    Returns:
+        the figures, and the losses by document.
 
     Raises:
-        UserError: where the loss is no finite number.
+        UserError: if the loss is not finite.
     """
     off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
     settings = {**trial.settings, **{f"trainer.{key}": False for key in off}}
-    # A checkpoint callback of the base's has nothing to do here and objects to being switched off.
+    # A checkpoint callback of the base would refuse enable_checkpointing=false.
     settings["trainer.callbacks"] = []
     cli = TrialCLI([], args=["--config", trial.base, *arguments(settings)], run=False)
     measuring = Evaluation(checkpoint)
@@ -200,17 +216,17 @@ def evaluate(trial: Trial, checkpoint: Path) -> tuple[dict[str, float], dict[str
     named = run(cli.model, datamodule=cli.datamodule, verbose=False)[0]
     figures = {key.split("/")[1]: value for key, value in named.items()}
     if not math.isfinite(figures["loss"]):
-        raise UserError(f"loss = {figures['loss']}: the weights are of no use")
+        raise UserError(f"loss = {figures['loss']}: must be finite; training has diverged")
     names = getattr(cli.datamodule, f"{trial.split}_store").names
     documents = {names[index]: sums for index, sums in measuring.documents.items()}
     return {**figures, **measuring.figures()}, documents
 
 
 def run_trial(trial: Trial) -> None:
-    """Bring a trial to its end; what goes wrong becomes its ``failed.json`` and is raised.
+    """Run what is left of a trial. An error is written to ``failed.json`` and raised.
 
     Raises:
-        KeyboardInterrupt: where it was stopped; it can go on.
+        KeyboardInterrupt: if it was stopped; it can resume.
     """
     drop_unwanted_messages()
     (trial.path / "failed.json").unlink(missing_ok=True)
@@ -230,11 +246,11 @@ def run_trial(trial: Trial) -> None:
             write_json(trial.path / "documents.json", documents)
             write_json(trial.path / "result.json", {**figures, **evaluated})
     except Timeout:
-        trial.fail("another process is at work on it")
+        trial.fail("another process runs it")
         raise
     except SystemExit as stop:
         if stop.code != 2:
-            # Lightning's way to leave on Ctrl-C.
+            # Lightning exits like this on Ctrl-C.
             raise KeyboardInterrupt from stop
         trial.fail("refused by the command line, see log.txt")
         raise UserError("refused by the command line") from stop
@@ -244,3 +260,11 @@ def run_trial(trial: Trial) -> None:
     finally:
         with contextlib.suppress(OSError):
             (trial.path / "progress.json").unlink()
+
+
+def run_logged(trial: Trial) -> None:
+    """As ``run_trial``; what the trial prints goes to its ``log.txt``."""
+    # Left open: loggers that are made meanwhile keep it.
+    log = (trial.path / "log.txt").open("a", buffering=1, encoding="utf-8")
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run_trial(trial)

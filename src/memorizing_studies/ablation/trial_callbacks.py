@@ -1,4 +1,4 @@
-"""What a trial adds to a training run or an evaluation."""
+"""Callbacks that a trial adds to a training run or an evaluation."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .evaluation import load_weights
 from .json_files import read_json, write_json
 
 PROGRESS_SECONDS = 1.0
-"""Between two notes of how far a trial has come."""
+"""Seconds between two updates of ``progress.json``."""
 
 
 class TrialProgress(Callback):
-    """Notes the step now and then, and saves the end of a run whose time was up.
+    """Writes the current step, and saves a checkpoint when training ends.
 
     Args:
-        folder: where ``progress.json`` goes.
+        folder: the folder of ``progress.json``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "progress.json"
-        self._noted = 0.0
+        self._written = 0.0
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the step."""
-        if time.monotonic() - self._noted > PROGRESS_SECONDS:
-            self._noted = time.monotonic()
+        """Write the step."""
+        if time.monotonic() - self._written > PROGRESS_SECONDS:
+            self._written = time.monotonic()
             write_json(self.path, {"step": trainer.global_step, "of": trainer.max_steps})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save."""
+        """Save, if the last step is not saved yet, as with a budget of minutes."""
         if trainer.saved_step != trainer.global_step:
             trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / "last.ckpt")
 
@@ -61,11 +61,11 @@ class StartFrom(Callback):
 class SameTexts(Callback):
     """Refuses texts that have changed since another trial of the plan read them.
 
-    Trials whose settings name the same texts must find the same ones, whenever they run. Each
-    leaves ``texts.json`` in its folder, which the others compare.
+    Trials with the same data settings must read the same texts, whenever they run. Each writes
+    ``texts.json`` to its folder, and the others compare it with theirs.
 
     Args:
-        folder: of the trial; the plan's folder holds ``VARIANT/seed-N`` of all.
+        folder: the trial's folder, VARIANT/seed-N in the plan's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class SameTexts(Callback):
         """Compare before anything is read.
 
         Raises:
-            ConfigError: where they have changed.
+            ConfigError: if they have changed.
         """
         data = trainer.datamodule
         own = {"settings": repr(data.settings), "store": data.store_folder.name}

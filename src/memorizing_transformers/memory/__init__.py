@@ -7,6 +7,7 @@ from .attend import MemoryAttention, attend, merge
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
 from .refresh import drop_drifted, refresh
+from .repeats import Repeats, RepeatSearch
 from .ring import Memory
 from .search import SEARCHES, Neighbours, Search, make_search
 from .storage import STORAGE_DTYPES
@@ -22,6 +23,8 @@ __all__ = [
     "Neighbours",
     "Pairs",
     "Readable",
+    "RepeatSearch",
+    "Repeats",
     "Search",
     "SegmentPairs",
     "XLCache",

@@ -110,7 +110,11 @@ class Attention(nn.Module):
         return self.output(heads.transpose(1, 2).flatten(-2))
 
     def forward(
-        self, x: Tensor, cache: XLCache | None = None, memory: Memory | None = None
+        self,
+        x: Tensor,
+        cache: XLCache | None = None,
+        memory: Memory | None = None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
         """Attend; reads ``cache`` and changes nothing.
 
@@ -137,15 +141,20 @@ class MemoryLayerAttention(Attention):
         )
 
     def forward(
-        self, x: Tensor, cache: XLCache | None = None, memory: Memory | None = None
+        self,
+        x: Tensor,
+        cache: XLCache | None = None,
+        memory: Memory | None = None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
         """Attend; reads ``cache`` and ``memory`` and changes neither."""
         if memory is None:
             return super().forward(x, cache)
+        assert input_ids is not None
         q, k, v = self.project(x)
         # Towards a memory on the host this copy waits for the projections alone: local attention,
         # enqueued after it, runs on the GPU while the host searches.
         asked = q.to(memory.device)
         local, mass = self.local(q, k, v, cache, with_mass=self.reader.gate.needs_local_mass)
-        heads, retrieval = self.reader(asked, local, mass, x, memory)
+        heads, retrieval = self.reader(asked, local, mass, x, memory, input_ids)
         return self.merge(heads.to(v.dtype)), (k.detach(), v.detach()), retrieval

@@ -109,7 +109,9 @@ class LocalBias(nn.Module):
 
 
 class MemoryBias(nn.Module):
-    """Bias on retrieved pairs, by distance in tokens (``t5``) or by age (``learned-absolute``).
+    """Bias on retrieved pairs, by distance in tokens (t5, log) or by age (learned-absolute).
+
+    ``log``: ``-exp(slope) log(1 + distance / 64)``, one slope per head that starts at -5.
 
     Args:
         kind: t5 or learned-absolute.
@@ -123,6 +125,9 @@ class MemoryBias(nn.Module):
         self.kind = kind
         self.num_buckets = num_buckets
         self.max_distance = max_distance
+        if kind == "log":
+            self.slope = nn.Parameter(torch.full((num_heads,), -5.0))
+            return
         self.table = nn.Embedding(num_buckets, num_heads)
         nn.init.zeros_(self.table.weight)
 
@@ -134,6 +139,9 @@ class MemoryBias(nn.Module):
             age: (B, H, N, K) pairs written since, below ``size``.
             size: slots M of the memory; ages are cut in ``num_buckets`` equal parts of it.
         """
+        if self.kind == "log":
+            fall = self.slope.float().exp().to(distance.device)[:, None, None]
+            return -fall * torch.log1p(distance / 64)
         if self.kind == "t5":
             bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
         else:

@@ -10,15 +10,20 @@ from ..errors import ConfigError
 from ..memory import SEARCHES, STORAGE_DTYPES
 from .gates import GATES
 
+COPY_NAMES = ("neighbours", "repeats")
+"""What a copy head can copy from; ``copying.COPIES`` has a class for each."""
+
 if TYPE_CHECKING:
     SearchName = str
     GateName = str
     StorageName = str
+    CopyName = str
 else:
     # The choices on the command line are the names in the tables.
     SearchName = Literal[tuple(SEARCHES)]
     GateName = Literal[tuple(GATES)]
     StorageName = Literal[tuple(STORAGE_DTYPES)]
+    CopyName = Literal[COPY_NAMES]
 
 RUNTIME = {"runtime": True}
 """Marks a field that may differ between the run that wrote a checkpoint and one that reads it."""
@@ -60,13 +65,27 @@ class MemoryConfig:
             addition to the keys of one head. Default: 32 MiB on a CPU, 64 MiB on other devices.
         combine: How the output of the memory and of local attention are combined. gate learns one
             number per head. fixed uses fixed_value for all heads. content computes the share from
-            the token's hidden state. joint uses one softmax over retrieved and local keys.
+            the token's hidden state. joint uses one softmax over retrieved and local keys. evidence
+            computes the share from the hidden state and from the scores of both.
         fixed_value: Share of the memory if combine is fixed, from 0 to 1.
-        gate_init: Initial share of the memory if combine is gate or content, between 0 and 1.
+        gate_init: Initial share of the memory if combine is gate, content or evidence, between
+            0 and 1.
+        temperature: Learn a factor per head for the scores of retrieved pairs; it starts at 1.
         position_bias: Bias on retrieved pairs. none adds nothing. t5 depends on the distance in
-            tokens. learned-absolute depends on the age of the pair in the memory.
+            tokens. learned-absolute depends on the age of the pair in the memory. log falls with
+            the logarithm of the distance, by a learned slope per head that starts near 0.
         bias_buckets: Number of buckets of that bias.
         bias_max_distance: Distance in tokens from which t5 uses its last bucket.
+        match_length: Add a learned bias that depends on how many tokens up to a retrieved pair
+            equal those up to the query; matches of this length and longer ones count alike. 0 = no
+            such bias.
+        candidates: Number of pairs that are retrieved for each one that is kept. The biases choose
+            among them.
+        copy: What a copy head mixes into the prediction: the tokens of retrieved pairs
+            (neighbours), and the tokens that followed where the last tokens occurred before in the
+            memory and the segment (repeats). [] builds no copy head.
+        copy_init: Initial weight of each of them, between 0 and 1.
+        dropout: Share of the rows that read no memory in a training step, drawn at random.
         dtype: Storage type of keys and values: float32, bfloat16, or int8 with one scale per
             vector. Run-time setting.
         device: Where keys and values are stored. model stores them with the weights. cpu stores
@@ -90,9 +109,15 @@ class MemoryConfig:
     combine: GateName = "gate"
     fixed_value: float = field(default=0.5, metadata=RUNTIME)
     gate_init: float = field(default=0.5, metadata=RUNTIME)
-    position_bias: Literal["none", "t5", "learned-absolute"] = "none"
+    temperature: bool = False
+    position_bias: Literal["none", "t5", "learned-absolute", "log"] = "none"
     bias_buckets: int = 32
     bias_max_distance: int = 65536
+    match_length: int = 0
+    candidates: int = field(default=1, metadata=RUNTIME)
+    copy: list[CopyName] = field(default_factory=list)
+    copy_init: float = field(default=0.02, metadata=RUNTIME)
+    dropout: float = field(default=0.0, metadata=RUNTIME)
     dtype: StorageName = field(default="float32", metadata=RUNTIME)
     device: Literal["model", "cpu"] = field(default="model", metadata=RUNTIME)
     refresh_every_n_steps: int = field(default=0, metadata=RUNTIME)
@@ -124,6 +149,14 @@ class MemoryConfig:
             raise ConfigError(prefix + "gate_init", self.gate_init, "must lie between 0 and 1")
         _at_least(prefix + "bias_buckets", self.bias_buckets, 4)
         _at_least(prefix + "bias_max_distance", self.bias_max_distance, self.bias_buckets)
+        for name in self.copy:
+            _choose(prefix + "copy", name, COPY_NAMES)
+        for key, least in (("match_length", 0), ("candidates", 1)):
+            _at_least(prefix + key, getattr(self, key), least)
+        if not 0 < self.copy_init < 1:
+            raise ConfigError(prefix + "copy_init", self.copy_init, "must lie between 0 and 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(prefix + "dropout", self.dropout, "must lie in [0, 1)")
         _at_least(prefix + "refresh_every_n_steps", self.refresh_every_n_steps, 0)
         _at_least(prefix + "drop_after_n_steps", self.drop_after_n_steps, 0)
         if not 0 <= self.drop_below_cosine < 1:

@@ -9,13 +9,26 @@ Shapes: B rows, H query heads, N segment.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .config import MemoryConfig
+
+
+class Evidence(NamedTuple):
+    """What a layer knows of its attention when the gate decides; (B, H, N) each."""
+
+    memory_mass: Tensor
+    """Log of the summed exponentials of the retrieved pairs' scores."""
+    local_mass: Tensor | None
+    """The same of the local scores; None unless the gate needs it."""
+    best: Tensor | None
+    """Largest score of a retrieved pair; None unless the gate needs it."""
+    match: Tensor | None
+    """Mean match length of the retrieved pairs by their weights; None unless it was counted."""
 
 
 class Gate(nn.Module):
@@ -29,22 +42,22 @@ class Gate(nn.Module):
 
     needs_local_mass: ClassVar[bool] = False
     """Whether ``share`` reads the log mass of local attention, which costs a slower kernel."""
+    needs_scores: ClassVar[bool] = False
+    """Whether ``share`` reads the best score and the match length."""
     depends_on_token: ClassVar[bool] = False
     """Whether tokens of one head differ in their share."""
 
     def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
         super().__init__()
 
-    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+    def share(self, hidden: Tensor, evidence: Evidence) -> Tensor:
         """The memory's share in [0, 1], broadcastable to (B, H, N), in fp32.
 
         Rows whose memory is empty get a share of 0 afterwards, whatever is returned here.
 
         Args:
             hidden: (B, N, d_model) what the layer's attention reads.
-            local_mass: (B, H, N) log of the summed exponentials of the local scores; None unless
-                ``needs_local_mass``.
-            memory_mass: (B, H, N) the same of the retrieved pairs' scores.
+            evidence: what was found.
         """
         raise NotImplementedError
 
@@ -60,7 +73,7 @@ class HeadGate(Gate):
         super().__init__(num_heads, d_model, config)
         self.logit = nn.Parameter(torch.full((num_heads,), _logit(config.gate_init)))
 
-    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+    def share(self, hidden: Tensor, evidence: Evidence) -> Tensor:
         """(H, 1)."""
         return torch.sigmoid(self.logit.float())[:, None]
 
@@ -76,9 +89,9 @@ class FixedGate(Gate):
         super().__init__(num_heads, d_model, config)
         self.value = config.fixed_value
 
-    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+    def share(self, hidden: Tensor, evidence: Evidence) -> Tensor:
         """(B, H, N)."""
-        return torch.full_like(memory_mass, self.value)
+        return torch.full_like(evidence.memory_mass, self.value)
 
 
 class ContentGate(Gate):
@@ -91,7 +104,7 @@ class ContentGate(Gate):
         self.linear = nn.Linear(d_model, num_heads)
         nn.init.constant_(self.linear.bias, _logit(config.gate_init))
 
-    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+    def share(self, hidden: Tensor, evidence: Evidence) -> Tensor:
         """(B, H, N)."""
         return torch.sigmoid(self.linear(hidden).float()).transpose(1, 2)
 
@@ -106,10 +119,46 @@ class JointGate(Gate):
     needs_local_mass = True
     depends_on_token = True
 
-    def share(self, hidden: Tensor, local_mass: Tensor | None, memory_mass: Tensor) -> Tensor:
+    def share(self, hidden: Tensor, evidence: Evidence) -> Tensor:
         """(B, H, N)."""
-        assert local_mass is not None
-        return torch.sigmoid(memory_mass - local_mass)
+        assert evidence.local_mass is not None
+        return torch.sigmoid(evidence.memory_mass - evidence.local_mass)
+
+
+class EvidenceGate(Gate):
+    """A share per head and token, from the hidden state and from what was found.
+
+    ``share = sigmoid(b + a memory_mass - c local_mass + w hidden + e best + f match)``. It starts
+    as the paper's gate: all but b are 0. With a = c = 1 it is one softmax over retrieved and local
+    keys with an offset b; with a = 1 a null key of score -b in the memory's softmax (a sink logit);
+    with w a content gate.
+    """
+
+    needs_local_mass = True
+    needs_scores = True
+    depends_on_token = True
+
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
+        super().__init__(num_heads, d_model, config)
+        self.bias = nn.Parameter(torch.full((num_heads,), _logit(config.gate_init)))
+        self.evidence = nn.Parameter(torch.zeros(4, num_heads))
+        self.hidden = nn.Parameter(torch.zeros(num_heads, d_model))
+
+    def share(self, hidden: Tensor, evidence: Evidence) -> Tensor:
+        """(B, H, N)."""
+        assert evidence.local_mass is not None
+        assert evidence.best is not None
+        match = evidence.match
+        known = [
+            evidence.memory_mass,
+            -evidence.local_mass,
+            evidence.best,
+            torch.zeros_like(evidence.best) if match is None else match,
+        ]
+        logit = self.bias.float()[:, None] + (hidden.float() @ self.hidden.float().t()).mT
+        for weight, x in zip(self.evidence.float(), known, strict=True):
+            logit = logit + weight[:, None] * x
+        return torch.sigmoid(logit)
 
 
 def _logit(share: float) -> float:
@@ -121,5 +170,6 @@ GATES: dict[str, type[Gate]] = {
     "fixed": FixedGate,
     "content": ContentGate,
     "joint": JointGate,
+    "evidence": EvidenceGate,
 }
 """By their name in ``model.memory.combine``."""

@@ -13,14 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..memory import MemoryAttention, Readable, Search, attend
+from ..memory import MemoryAttention, Neighbours, Readable, Search, attend
+from ..memory.gathered import dots, keys_of
 from .bias import MemoryBias
 from .config import MemoryConfig
-from .gates import GATES
+from .gates import GATES, Evidence
+from .matching import MatchBias, match_lengths
 
 
 class Retrieval(NamedTuple):
-    """What a memory layer retrieved for one segment, detached; on the device of the memory."""
+    """What a memory layer retrieved for one segment; on the device of the memory."""
 
     slots: Tensor
     """(B, H, N, K) int64 slots of the row's memory, best first; meaningless where not ``valid``."""
@@ -33,10 +35,22 @@ class Retrieval(NamedTuple):
     a copy would wait for a GPU."""
     queries: Tensor
     """(B, H, N, D) what was searched for."""
+    log_mass: Tensor
+    """(B, H, N) log of the summed exponentials of the scores."""
+    read: Tensor
+    """(B, H, N) bool, False where the memory was empty or left out."""
+    searched: Tensor
+    """(B, H, N, K') int64 slots that the search gave; ``slots`` are those that were kept."""
+    searched_valid: Tensor
+    """(B, H, N, K') bool."""
 
     def parts(self) -> Tensor:
         """(B, H, N, K) each neighbour's part of its head's output, on the device of the memory."""
         return self.weights * self.share.to(self.weights.device)[..., None]
+
+    def detach(self) -> Retrieval:
+        """The same without a gradient."""
+        return Retrieval(*(tensor.detach() for tensor in self))
 
 
 class MemoryReader(nn.Module):
@@ -60,41 +74,87 @@ class MemoryReader(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.search = search
         self.top_k = config.top_k
+        self.candidates = config.candidates
+        self.dropout = config.dropout
         self.gate = GATES[config.combine](num_heads, d_model, config)
         self.bias: MemoryBias | None = None
         if config.position_bias != "none":
             self.bias = MemoryBias(
                 config.position_bias, num_heads, config.bias_buckets, config.bias_max_distance
             )
+        self.match: MatchBias | None = None
+        if config.match_length:
+            self.match = MatchBias(num_heads, config.match_length)
+        self.log_temperature: nn.Parameter | None = None
+        if config.temperature:
+            self.log_temperature = nn.Parameter(torch.zeros(num_heads))
 
-    def retrieve(self, queries: Tensor, memory: Readable) -> tuple[MemoryAttention, Tensor, Tensor]:
+    def biases(
+        self, input_ids: Tensor, memory: Readable, slots: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the scores of pairs (B, H, N, K) and their match lengths, if asked."""
+        bias = lengths = None
+        if self.bias is not None:
+            row = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
+            here = memory.written[:, None] + torch.arange(slots.shape[2], device=slots.device)
+            distance = here[:, None, :, None] - memory.positions[row, slots]
+            bias = self.bias(distance, memory.age()[row, slots], memory.size)
+        if self.match is not None:
+            ids = input_ids.to(slots.device)
+            longest = self.match.longest
+            lengths = torch.stack([match_lengths(ids, memory, slots, longest, i) for i in (0, 1)])
+            matched = self.match(lengths)
+            bias = matched if bias is None else bias + matched
+        return bias, lengths
+
+    def retrieve(
+        self, queries: Tensor, memory: Readable, input_ids: Tensor
+    ) -> tuple[MemoryAttention, Neighbours, Neighbours, Tensor | None]:
         """Search with detached queries, attend with live ones.
 
         Args:
             queries: (B, H, N, D), scaled so that the inner product with a key is the score, on the
                 memory's device.
             memory: of these B rows.
+            input_ids: (B, N) the tokens of the segment.
 
         Returns:
-            the attention with its head dimensions as (B, H, N, ...), slots and their validity
-            (B, H, N, K).
+            the attention with its head dimensions as (B, H, N, ...), the pairs that were kept and
+            those that the search gave, and the kept ones' mean match length (B, H, N), if asked.
         """
-        batch, heads, segment, width = queries.shape
-        grouped = queries.reshape(batch, self.num_kv_heads, -1, width)
+        batch, heads, segment = queries.shape[:3]
+        shape = (batch, heads, segment, -1)
+
+        def grouped(x: Tensor) -> Tensor:
+            return x.reshape(batch, self.num_kv_heads, -1, x.shape[-1])
+
         with torch.autocast(queries.device.type, enabled=False):
-            neighbours = self.search(grouped.detach(), memory, self.top_k)
-        shape = (batch, heads, segment)
-        slots, valid = (x.reshape(*shape, -1) for x in neighbours)
-        bias = None
-        if self.bias is not None:
-            row = torch.arange(batch, device=queries.device)[:, None, None, None]
-            safe = slots.masked_fill(~valid, 0)
-            here = memory.written[:, None] + torch.arange(segment, device=queries.device)
-            distance = here[:, None, :, None] - memory.positions[row, safe]
-            bias = self.bias(distance, memory.age()[row, safe], memory.size)
-            bias = bias.reshape(*grouped.shape[:3], -1)
-        found = attend(grouped, memory, neighbours, bias)
-        return MemoryAttention(*(x.reshape(*shape, *x.shape[3:]) for x in found)), slots, valid
+            neighbours = self.search(
+                grouped(queries.detach()), memory, min(self.top_k * self.candidates, memory.size)
+            )
+        slots, valid = (x.reshape(shape) for x in neighbours)
+        searched = Neighbours(slots, valid)
+        safe = slots.masked_fill(~valid, 0)
+        bias, lengths = self.biases(input_ids, memory, safe)
+        if self.candidates > 1 and bias is not None and slots.shape[-1] > self.top_k:
+            with torch.no_grad():
+                keys = keys_of(memory, grouped(safe), grouped(valid))
+                scores = dots(grouped(queries.detach()).float(), keys).view(shape) + bias
+                kept = scores.masked_fill(~valid, -torch.inf).topk(self.top_k).indices
+            slots, valid, bias = (x.gather(-1, kept) for x in (slots, valid, bias))
+            if lengths is not None:
+                lengths = lengths.gather(-1, kept.expand(2, *kept.shape))
+        found = attend(
+            grouped(queries),
+            memory,
+            Neighbours(grouped(slots), grouped(valid)),
+            None if bias is None else grouped(bias),
+        )
+        found = MemoryAttention(*(x.reshape(*shape[:3], *x.shape[3:]) for x in found))
+        match = None
+        if lengths is not None:
+            match = (found.weights.detach() * lengths.amax(0)).sum(-1)
+        return found, Neighbours(slots, valid), searched, match
 
     def forward(
         self,
@@ -103,6 +163,7 @@ class MemoryReader(nn.Module):
         local_mass: Tensor | None,
         hidden: Tensor,
         memory: Readable,
+        input_ids: Tensor,
     ) -> tuple[Tensor, Retrieval]:
         """Read the memory; changes nothing in it.
 
@@ -112,17 +173,27 @@ class MemoryReader(nn.Module):
             local_mass: (B, H, N) its log mass; None unless ``gate.needs_local_mass``.
             hidden: (B, N, d_model) what the layer's attention reads.
             memory: of these B rows.
+            input_ids: (B, N) the tokens of the segment.
 
         Returns:
             the heads' outputs (B, H, N, D), on the model's device, and what was retrieved.
         """
-        found, slots, valid = self.retrieve(queries, memory)
-        output, mass, any_found = (
-            part.to(local.device) for part in (found.output, found.log_mass, found.found)
-        )
-        share = self.gate.share(hidden, local_mass, mass) * any_found
+        if self.log_temperature is not None:
+            factor = self.log_temperature.float().exp()[:, None, None]
+            queries = queries * factor.to(queries.device)
+        found, kept, searched, match = self.retrieve(queries, memory, input_ids)
+        read = found.found
+        if self.training and self.dropout:
+            spared = torch.rand(read.shape[0], device=read.device) >= self.dropout
+            read = read & spared[:, None, None]
+        output, mass, any_read = (x.to(local.device) for x in (found.output, found.log_mass, read))
+        best = None
+        if self.gate.needs_scores:
+            best = mass + found.weights.amax(-1).log().to(mass)
+            match = None if match is None else match.to(mass)
+        evidence = Evidence(mass, local_mass, best, match)
+        share = self.gate.share(hidden, evidence) * any_read
         heads = local + share[..., None] * (output - local)
-        retrieval = Retrieval(
-            slots, valid, found.weights.detach(), share.detach(), queries.detach()
-        )
+        weights, log_mass = found.weights, found.log_mass
+        retrieval = Retrieval(*kept, weights, share, queries.detach(), log_mass, read, *searched)
         return heads, retrieval

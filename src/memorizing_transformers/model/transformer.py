@@ -20,6 +20,7 @@ from ..memory import STORAGE_DTYPES, Memory, MemoryBank, Pairs, SegmentPairs, XL
 from .attention import Attention, MemoryLayerAttention
 from .compiled import compilable
 from .config import ModelConfig
+from .copying import CopyHead
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
 
@@ -67,7 +68,11 @@ class Layer(nn.Module):
         self.compile_dense = config.compile
 
     def forward(
-        self, x: Tensor, cache: XLCache | None, memory: Memory | None
+        self,
+        x: Tensor,
+        cache: XLCache | None,
+        memory: Memory | None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
         """One layer on hidden states x (B, N, d_model)."""
         recompute = self.recompute and torch.is_grad_enabled()
@@ -78,7 +83,7 @@ class Layer(nn.Module):
             attended, pairs, retrieval = checkpoint(attend, x, read, memory, use_reentrant=False)
         else:
             # A search is dear and its outcome small: keep it rather than search twice.
-            attended, pairs, retrieval = attend(x, cache, memory)
+            attended, pairs, retrieval = attend(x, cache, memory, input_ids)
         x = x + self.dropout(attended)
         fed = checkpoint(self.feed, x, use_reentrant=False) if recompute else self.feed(x)
         return x + self.dropout(fed), pairs, retrieval
@@ -90,9 +95,13 @@ class Layer(nn.Module):
         return fed
 
     def _attend(
-        self, x: Tensor, cache: XLCache | None, memory: Memory | None
+        self,
+        x: Tensor,
+        cache: XLCache | None,
+        memory: Memory | None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
-        return self.attention(self.attention_norm(x), cache, memory)
+        return self.attention(self.attention_norm(x), cache, memory, input_ids)
 
 
 class Transformer(nn.Module):
@@ -124,6 +133,12 @@ class Transformer(nn.Module):
             for layer in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.copy_head: CopyHead | None = None
+        memory = config.memory
+        if memory.copy and config.memory_layers:
+            self.copy_head = CopyHead(
+                memory.copy, config.num_heads, config.d_model, memory.copy_init
+            )
         self.register_load_state_dict_pre_hook(_rename)
         self.init_weights()
 
@@ -165,7 +180,8 @@ class Transformer(nn.Module):
 
     def memory_parameters(self) -> list[nn.Parameter]:
         """The parameters that only matter while there is a memory: those of the readers."""
-        return [p for reader in self.readers().values() for p in reader.parameters()]
+        parts = [*self.readers().values(), *([] if self.copy_head is None else [self.copy_head])]
+        return [p for part in parts for p in part.parameters()]
 
     def new_memory(self, batch_size: int, device: torch.device | str | None = None) -> MemoryBank:
         """An empty bank for ``batch_size`` rows, of the configured size.
@@ -215,12 +231,18 @@ class Transformer(nn.Module):
         pairs: dict[int, Pairs] = {}
         retrievals: dict[int, Retrieval] = {}
         for index, layer in enumerate(self.layers):
-            x, pair, retrieval = layer(x, bank.caches.get(index), bank.memories.get(index))
+            x, pair, retrieval = layer(
+                x, bank.caches.get(index), bank.memories.get(index), input_ids
+            )
             pairs[index] = pair
             if retrieval is not None:
                 retrievals[index] = retrieval
-        x = self.dropout(self.norm(x)) * self.config.d_model**-0.5
-        logits = F.linear(x, self.embedding.weight)
+        x = self.dropout(self.norm(x))
+        logits = F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
+        if self.copy_head is not None and retrievals:
+            last = max(retrievals)
+            logits = self.copy_head(logits, x, input_ids, bank.memories[last], retrievals[last])
+        retrievals = {number: found.detach() for number, found in retrievals.items()}
         return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals)
 
     def encode(self, input_ids: Tensor, memory: MemoryBank) -> SegmentPairs:
@@ -235,7 +257,9 @@ class Transformer(nn.Module):
         x = self.dropout(self.embedding(input_ids))
         pairs: dict[int, Pairs] = {}
         for index, layer in enumerate(list(self.layers)[:last]):
-            x, pairs[index], _ = layer(x, memory.caches.get(index), memory.memories.get(index))
+            x, pairs[index], _ = layer(
+                x, memory.caches.get(index), memory.memories.get(index), input_ids
+            )
         layer = self.layers[last]
         assert isinstance(layer, Layer)
         _, k, v = layer.attention.project(layer.attention_norm(x))

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..memory import SEARCHES, STORAGE_DTYPES
+from torch import nn
+
+from ..memory import SEARCHES, STORAGE_DTYPES, make_search
 from ..memory.search.kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
 from ..memory.search.kernels.score_blocks import SCORE_BYTES
 from ..memory.storage import slot_bytes
-from ..model import ModelConfig
+from ..model import CopyHead, MemoryReader, ModelConfig
 from ..model.local_attention import BLOCK
 
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
@@ -126,11 +128,14 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     layer = config.d_model * (2 * width + 2 * kv_width + 2 * config.ff_width + 2)
     layer += config.num_heads * (config.relative_buckets + config.qk_norm)
     memory = config.memory
-    extra = {"gate": config.num_heads, "content": (config.d_model + 1) * config.num_heads}
-    per_memory_layer = extra.get(memory.combine, 0)
-    if memory.position_bias != "none":
-        per_memory_layer += memory.bias_buckets * config.num_heads
-    total = config.num_layers * layer + len(config.memory_layers) * per_memory_layer
+    heads = (config.num_heads, config.kv_heads)
+    search = make_search(memory.search, memory.recall_target)
+    own: list[nn.Module] = [
+        MemoryReader(*heads, config.d_model, memory, search) for _ in config.memory_layers
+    ]
+    if memory.copy and own:
+        own.append(CopyHead(memory.copy, config.num_heads, config.d_model, memory.copy_init))
+    total = config.num_layers * layer + sum(p.numel() for x in own for p in x.parameters())
     return total + (vocab_size + 1) * config.d_model
 
 

@@ -31,6 +31,8 @@ class OptimizerConfig:
             torch.optim.NAdam.
         lr: Learning rate at the end of the warm-up. With schedule=rsqrt the rate at step s is lr /
             sqrt(max(s, warmup_steps)), as in the paper, which uses lr = 1.0.
+        memory_lr_factor: Learning rate of the memory's own numbers (gates, temperatures, biases on
+            retrieved pairs, weights of the copy head) as a multiple of lr. They do not decay then.
         options: Further arguments of the optimiser, e.g. {eps: 1.0e-6}.
         betas: The two decay rates of AdamW. Other optimisers take theirs from options.
         weight_decay: Decoupled weight decay (times lr) of all parameters with two or more
@@ -44,6 +46,7 @@ class OptimizerConfig:
 
     name: str = "adamw"
     lr: float = 1e-3
+    memory_lr_factor: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
@@ -106,6 +109,12 @@ class OptimizerConfig:
         return make(groups, lr=self.lr, **{**betas, **self.options})
 
 
+def is_memory_number(name: str) -> bool:
+    """Whether a parameter is one of the memory's own numbers, and no kernel that reads tokens."""
+    *path, last = name.split(".")
+    return bool({"reader", "copy_head"} & {*path}) and last != "hidden" and "linear" not in path
+
+
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
@@ -113,16 +122,23 @@ def parameter_groups(
 
     Args:
         named: the parameters with their names.
-        config: tells the decay.
+        config: tells the decay and the memory's learning rate.
 
     Returns:
-        for each group ``params``, its pairs of name and parameter, and ``weight_decay``.
+        for each group ``params``, its pairs of name and parameter, ``weight_decay`` and ``lr``; the
+        memory's own numbers are a third group if their learning rate is another one.
     """
-    named = list(named)
-    return [
-        {"params": [x for x in named if x[1].ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [x for x in named if x[1].ndim < 2], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": config.weight_decay, "lr": config.lr},
+        {"params": [], "weight_decay": 0.0, "lr": config.lr},
     ]
+    if config.memory_lr_factor != 1:
+        rate = config.lr * config.memory_lr_factor
+        groups.append({"params": [], "weight_decay": 0.0, "lr": rate})
+    for name, parameter in named:
+        own = len(groups) > 2 and is_memory_number(name)
+        groups[2 if own else int(parameter.ndim < 2)]["params"].append((name, parameter))
+    return groups
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:

@@ -44,10 +44,10 @@ def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) ->
     Only the exact search runs: what was found is at hand, and a search with an index may learn
     from every question that it is asked.
     """
-    top_k = retrieval.slots.shape[-1]
+    top_k = retrieval.searched.shape[-1]
     asked, slots, valid = (
         x.reshape(x.shape[0], num_kv_heads, -1, x.shape[-1])
-        for x in (retrieval.queries, retrieval.slots, retrieval.valid)
+        for x in (retrieval.queries, retrieval.searched, retrieval.searched_valid)
     )
     count = asked.shape[2]
     chosen = torch.linspace(0, count - 1, min(RECALL_QUERIES, count), device=asked.device).long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
 
@@ -105,8 +105,10 @@ def take_over(
     order = [current_name(name).removeprefix("net.") for name in checkpoint["state_dict"]]
     present = dict(net.named_parameters())
     as_saved = [(name, present[name]) for name in order if name in present]
+    # The memory's own numbers were a group of their own, or were not.
+    grouped = replace(config, memory_lr_factor=1.0 if len(numbers) == 2 else 2.0)
     for with_memory in (True, False):
-        names = _trained_names(as_saved, config, memory, with_memory)
+        names = _trained_names(as_saved, grouped, memory, with_memory)
         if [*map(len, names)] == [*map(len, numbers)]:
             break
     else:
@@ -123,19 +125,21 @@ def take_over(
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     live = parameter_groups(trained, config)
     factor = lr_factor(config, end_of_schedule(config, max_steps))
-    rate = config.lr * factor(schedule["last_epoch"])
-    settings: dict[str, Any] = {"lr": rate, "initial_lr": config.lr}
+    share = factor(schedule["last_epoch"])
     defaults = make_optimizer(net, config).param_groups
     values: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
     number = count(0)
-    for saved, group, own in zip(state["param_groups"], live, defaults, strict=True):
+    first = state["param_groups"][0]
+    for group, own in zip(live, defaults, strict=True):
         options = {key: value for key, value in own.items() if key != "params"}
         members = [next(number) for _ in group["params"]]
-        groups.append({**saved, **options, **settings, "params": members})
+        settings: dict[str, Any] = {"lr": group["lr"] * share, "initial_lr": group["lr"]}
+        groups.append({**first, **options, **settings, "params": members})
         for member, (name, _) in zip(members, group["params"], strict=True):
             if name in known:
                 values[member] = known[name]
     checkpoint["optimizer_states"] = [{"state": values, "param_groups": groups}]
-    rates = {"base_lrs": [config.lr] * len(groups), "_last_lr": [rate] * len(groups)}
+    bases = [group["lr"] for group in live]
+    rates = {"base_lrs": bases, "_last_lr": [base * share for base in bases]}
     checkpoint["lr_schedulers"] = [{**schedule, **rates}]

@@ -55,6 +55,8 @@ def check_weights(checkpoint: dict[str, Any], config: ModelConfig, tokenizer: An
     saved, ours = checkpoint.get(ARCHITECTURE_KEY), config.architecture()
     if saved is None:
         raise UserError("ckpt_path: not a checkpoint of this project, no architecture in it")
+    # What an earlier version did not know, it did as the default does.
+    saved = {**ModelConfig().architecture(), **saved}
     differing = [
         f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"
         for key in sorted(set(saved) | set(ours))

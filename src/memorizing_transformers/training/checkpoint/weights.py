@@ -31,6 +31,9 @@ OF_MEMORY = (
     "memory.position_bias",
     "memory.bias_buckets",
     "memory.bias_max_distance",
+    "memory.temperature",
+    "memory.match_length",
+    "memory.copy",
 )
 """What the parameters of a memory layer depend on, beside its number."""
 

@@ -1,0 +1,200 @@
+"""Finds where the last tokens of a text occurred before in its memory and its segment.
+
+A chain for each order o leads from a token to the earlier ones that end the same o tokens, newest
+first, as the hash chains of LZ77 compressors do. Hashes may collide, so candidates are compared
+token by token. The cost of a segment does not depend on the size of the memory.
+
+Pairs are numbered as in ``Memory``, and the tokens of the segment continue the numbers.
+
+Shapes: B' reading rows, B rows of the memory, N segment, M slots, O orders, C = O K candidates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .ring import Memory
+from .view import Readable
+
+ORDERS = (8, 4, 2)
+"""Lengths of the suffixes that have a chain, descending."""
+TABLE_BITS = 16
+FACTOR, OTHER = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
+"""Odd multipliers of the hashes, as signed numbers: those of Steele et al., 2014 (SplitMix64)."""
+
+
+class Repeats(NamedTuple):
+    """Earlier occurrences of the text up to each token of a segment."""
+
+    tokens: Tensor
+    """(B', N, C) int64 the token that followed then."""
+    lengths: Tensor
+    """(B', N, C) int64 how many tokens up to there are the same, 0 where there is no candidate."""
+    distances: Tensor
+    """(B', N, C) int64 tokens since the occurrence, at least 1."""
+
+
+def _hashes(text: Tensor) -> list[Tensor]:
+    """For each order the hash (B, T) of the tokens that end at each place of text (B, T)."""
+    hashes, current, length = {}, (text + 1) * FACTOR, 1
+    while length < max(ORDERS):
+        hashes[length] = current
+        earlier = torch.zeros_like(current)
+        earlier[:, length:] = current[:, :-length]
+        current = (current * OTHER + earlier) * FACTOR
+        length *= 2
+    hashes[length] = current
+    return [(hashes[order] >> (64 - TABLE_BITS)) & (2**TABLE_BITS - 1) for order in ORDERS]
+
+
+class _Chains:
+    """The chains of one memory: derived from its tokens, so nothing to save.
+
+    Args:
+        memory: whose tokens are indexed.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        rows, orders, device = memory.token_ids.shape[0], len(ORDERS), memory.device
+        self.latest = torch.full((rows, orders, 2**TABLE_BITS), -1, device=device)
+        """(B, O, 2^TABLE_BITS) by hash the number of the newest token, -1 for none."""
+        self.before = torch.full((rows, orders, memory.size), -1, device=device)
+        """(B, O, M) by slot the number of the token before it in its chain."""
+        self.end = torch.zeros(rows, dtype=torch.int64, device=device)
+        """(B,) how many tokens were indexed."""
+        self.document = memory.document.clone()
+
+    def catch_up(self, memory: Memory) -> None:
+        """Index what was written since the last call."""
+        changed = self.document != memory.document
+        if changed.any():
+            self.latest[changed] = -1
+            self.document.copy_(memory.document)
+        first = memory.written - memory.used
+        self.end.copy_(torch.where(changed, first, torch.maximum(self.end, first)))
+        count = int((memory.written - self.end).max())
+        if not count:
+            return
+        lead = max(ORDERS) - 1
+        numbers = self.end[:, None] + torch.arange(-lead, count, device=self.end.device)
+        text = memory.token_ids.gather(1, (numbers - memory.origin[:, None]) % memory.size).long()
+        hashes = torch.stack(_hashes(text), 1)[..., lead:]
+        numbers = numbers[:, lead:]
+        there = numbers < memory.written[:, None]
+        before = self.link(hashes, numbers, there)
+        slots = ((numbers - memory.origin[:, None]) % memory.size)[:, None].expand_as(before)
+        row, order, place = there[:, None].expand_as(before).nonzero(as_tuple=True)
+        self.before[row, order, slots[row, order, place]] = before[row, order, place]
+        newest = numbers[:, None].masked_fill(~there[:, None], -1).expand_as(hashes)
+        self.latest.scatter_reduce_(2, hashes, newest, "amax")
+        self.end.copy_(memory.written)
+
+    def link(
+        self, hashes: Tensor, numbers: Tensor, there: Tensor, owners: Tensor | None = None
+    ) -> Tensor:
+        """For tokens that follow what was indexed, the numbers (B', O, T) before in their chains.
+
+        Args:
+            hashes: (B', O, T).
+            numbers: (B', T) ascending.
+            there: (B', T) bool; the others are in no chain and stand behind those that are.
+            owners: (B',) the row of the memory of each row, None for the same.
+        """
+        hashes = hashes.masked_fill(~there[:, None], 2**TABLE_BITS)
+        ordered, order = hashes.sort(dim=-1, stable=True)
+        number = numbers[:, None].expand_as(hashes).gather(-1, order)
+        latest = self.latest if owners is None else self.latest[owners]
+        found = latest.gather(-1, ordered.clamp(max=2**TABLE_BITS - 1))
+        same = ordered[..., 1:] == ordered[..., :-1]
+        found[..., 1:] = torch.where(same, number[..., :-1], found[..., 1:])
+        return torch.empty_like(found).scatter_(-1, order, found)
+
+
+class RepeatSearch:
+    """Finds the latest occurrences of the last tokens.
+
+    Args:
+        per_order: occurrences K that are looked at for each order.
+        longest: where matches are no longer counted.
+    """
+
+    def __init__(self, per_order: int = 8, longest: int = 16) -> None:
+        self.per_order = per_order
+        self.longest = longest
+        self._chains: WeakKeyDictionary[Memory, _Chains] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, memory: Readable) -> Repeats:
+        """Look for each token of a segment at the text that ends with it; changes no memory.
+
+        A token knows of those before it alone: of the segment's as of the memory's.
+
+        Args:
+            input_ids: (B', N) the segment, which follows what the memory holds.
+            memory: of these B' rows.
+        """
+        base = memory.base
+        chains = self._chains.get(base)
+        if chains is None:
+            chains = self._chains[base] = _Chains(base)
+        chains.catch_up(base)
+        ids = input_ids.to(base.device)
+        segment, size, owners = ids.shape[1], base.size, memory.owners
+        device = base.device
+        written, origin = memory.written, memory.origin
+        first = written - memory.fill
+        here = written[:, None] + torch.arange(segment, device=device)
+        # All tokens by number: those of the segment lie behind those of the ring.
+        text = torch.cat([memory.token_ids.long(), ids], 1)
+
+        def place(numbers: Tensor) -> Tensor:
+            shape = (-1, *[1] * (numbers.ndim - 1))
+            start = written.view(shape)
+            return torch.where(
+                numbers >= start, size + numbers - start, (numbers - origin.view(shape)) % size
+            )
+
+        lead = torch.arange(-max(ORDERS) + 1, segment, device=device)
+        known = text.gather(1, place(written[:, None] + lead))
+        hashes = torch.stack(_hashes(known), 1)[..., max(ORDERS) - 1 :]
+        own = chains.link(hashes, here, torch.ones_like(here, dtype=torch.bool), owners)
+        before = chains.before if owners is None else chains.before[owners]
+        links = torch.cat([before, own], -1)
+        found = [own]
+        for _ in range(self.per_order - 1):
+            last = found[-1]
+            usable = last >= first[:, None, None]
+            following = links.gather(-1, place(last.clamp(min=0)).masked_fill(~usable, 0))
+            found.append(following.masked_fill(~usable, -1))
+        numbers = torch.stack(found, -1).permute(0, 2, 1, 3)
+        order = torch.tensor(ORDERS, device=device)[:, None].expand(*numbers.shape[2:])
+        numbers, order = numbers.flatten(2), order.flatten()
+        lengths = self._lengths(numbers, here, first, text, place)
+        # What also ends a longer suffix is in that one's chain.
+        above = torch.tensor([self.longest + 1, *ORDERS[:-1]], device=device)
+        above = above[:, None].expand(-1, self.per_order).flatten()
+        lengths = lengths.masked_fill((lengths < order) | (lengths >= above), 0)
+        following = text.gather(1, place((numbers + 1).clamp(min=0)).flatten(1))
+        distances = here[..., None] - numbers
+        return Repeats(following.view(numbers.shape), lengths, distances)
+
+    def _lengths(
+        self, numbers: Tensor, here: Tensor, first: Tensor, text: Tensor, place: object
+    ) -> Tensor:
+        """(B', N, C) how many tokens up to ``numbers`` equal those up to ``here``."""
+        count = torch.zeros_like(numbers)
+        alive = torch.ones_like(numbers, dtype=torch.bool)
+        for back in range(self.longest):
+            then, now = numbers - back, (here - back)[..., None]
+            inside = (then >= first[:, None, None]) & (now >= first[:, None, None])
+            both = [
+                text.gather(1, place(x.clamp(min=0)).flatten(1)).view(x.shape)  # type: ignore[operator]
+                for x in (then, now)
+            ]
+            alive = alive & inside & (both[0] == both[1])
+            count += alive
+        return count

@@ -1,0 +1,128 @@
+"""The copy head's mixture against its definition, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from build import VOCAB, random_tokens, small_model
+from torch import Tensor
+
+from memorizing_transformers.model import ModelConfig, copying
+from memorizing_transformers.model.config import COPY_NAMES
+from memorizing_transformers.model.copying import COPIES, _MixIn, sum_by_token
+
+
+def candidates(seed: int, places: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (2, 3, V), tokens (2, 3, places) with some twice, and odds of which some are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 3, VOCAB, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 5, (2, 3, places), generator=generator)
+    odds = torch.rand(2, 3, places, generator=generator, dtype=torch.float64)
+    return logits, tokens, odds * (odds > 0.3)
+
+
+def mixture(logits: Tensor, tokens: Tensor, odds: Tensor) -> Tensor:
+    """The probabilities by definition."""
+    total = logits.softmax(-1).scatter_add(-1, tokens, odds)
+    return total / total.sum(-1, keepdim=True)
+
+
+def mixed(logits: Tensor, tokens: Tensor, odds: Tensor) -> Tensor:
+    """Logits as the copy head makes them."""
+    own, sums = sum_by_token(tokens, odds)
+    log_odds = sums.clamp(min=1e-30).log().masked_fill(sums == 0, -torch.inf)
+    out: Tensor = _MixIn.apply(logits * 1.0, own, log_odds)
+    return out
+
+
+@pytest.fixture(params=[64, 2])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments that are read in one piece, and in two."""
+    monkeypatch.setattr(copying, "CHUNK", request.param)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_is_the_mixture_and_sums_to_one(seed: int, chunk: None) -> None:
+    logits, tokens, odds = candidates(seed)
+    found = mixed(logits, tokens, odds).softmax(-1)
+    torch.testing.assert_close(found, mixture(logits, tokens, odds))
+    # Against the model's own normaliser too: what is added is exactly the odds.
+    raw = (mixed(logits, tokens, odds) - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
+    torch.testing.assert_close(raw, 1 + odds.sum(-1))
+
+
+def test_its_gradients_are_those_of_the_definition(chunk: None) -> None:
+    logits, tokens, odds = candidates(0)
+    upstream = torch.randn(2, 3, VOCAB, dtype=torch.float64)
+    gradients = []
+    for function in (lambda *x: mixed(*x).log_softmax(-1), lambda *x: mixture(*x).log()):
+        given = logits.clone().requires_grad_(), tokens, odds.clone().requires_grad_()
+        loss = (function(*given) * upstream).sum()
+        gradients.append(torch.autograd.grad(loss, [given[0], given[2]]))
+    known = odds > 0
+    for fast, slow in zip(*gradients, strict=True):
+        counted = known if fast.shape == odds.shape else torch.ones_like(fast, dtype=torch.bool)
+        torch.testing.assert_close(fast[counted], slow[counted])
+
+
+def test_bf16_logits_stay_near(chunk: None) -> None:
+    logits, tokens, odds = (x.float() if x.is_floating_point() else x for x in candidates(1))
+    found = mixed(logits.bfloat16(), tokens, odds)
+    assert found.dtype == torch.bfloat16
+    expected = mixture(logits.bfloat16().float(), tokens, odds)
+    torch.testing.assert_close(found.float().softmax(-1), expected, atol=0.01, rtol=0.05)
+
+
+def test_no_candidate_changes_nothing() -> None:
+    logits, tokens, odds = candidates(0)
+    assert torch.equal(mixed(logits, tokens, odds * 0), logits)
+
+
+def test_the_sum_of_a_token_stands_once() -> None:
+    tokens, sums = sum_by_token(
+        torch.tensor([[[4, 2, 4, 0, 2, 2]]]), torch.tensor([[[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]]])
+    )
+    assert tokens.tolist() == [[[0, 2, 4, 0, 0, 0]]]
+    assert sums.tolist() == [[[8.0, 50.0, 5.0, 0.0, 0.0, 0.0]]]
+
+
+def test_every_name_has_a_class() -> None:
+    assert {*COPIES} == {*COPY_NAMES}
+    assert not ModelConfig(vocab_size=5).memory.copy  # the paper has none
+
+
+@pytest.mark.parametrize("source", COPY_NAMES)
+def test_probabilities_sum_to_one_and_move_toward_what_is_copied(source: str) -> None:
+    plain, copying = (small_model(size=64, copy=copy) for copy in ([], [source]))
+    copying.load_state_dict(plain.state_dict(), strict=False)
+    tokens = random_tokens(2, 8).repeat(1, 2)
+    losses = []
+    for model in (plain, copying):
+        bank = model.new_memory(2)
+        for ids in tokens.split(8, dim=1):
+            output = model(ids, bank)
+            bank.commit(output.pairs, None, ids)
+        if model is copying:
+            torch.testing.assert_close(
+                output.logits.log_softmax(-1).exp().sum(-1), torch.ones(2, 8)
+            )
+        losses.append(model.loss(output.logits[:, 2:-1], tokens[:, 11:]).item())
+    if source == "repeats":
+        assert losses[1] < losses[0]
+    assert losses[0] != losses[1]
+
+
+def test_the_loss_teaches_queries_what_to_copy() -> None:
+    """Though the gate is shut, so that no gradient comes through the layer's output."""
+    model = small_model(combine="fixed", fixed_value=0.0, copy=["neighbours"])
+    bank = model.new_memory(2)
+    first, second = random_tokens(2, 10).split(5, dim=1)
+    bank.commit(model(first, bank).pairs, None, first)
+    logits = model(second, bank).logits
+    gradients = []
+    for value in (logits, model(second).logits):
+        (gradient,) = torch.autograd.grad(
+            model.loss(value, second), model.layers[1].attention.scale, retain_graph=True
+        )
+        gradients.append(gradient)
+    assert not torch.equal(*gradients)
