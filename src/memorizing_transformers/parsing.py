@@ -25,15 +25,16 @@ UNKNOWN_KEY = (
 )
 """How the parser speaks of a key that it does not know."""
 
-_LOGGING = (
-    "callbacks are listed in the config: give {} under trainer.callbacks, with every_n_steps of "
-    "their own, as configs/quickstart.yaml does"
-)
+_LISTED = "was removed; list {} under trainer.callbacks instead, as configs/quickstart.yaml does"
 REMOVED = {
-    "staleness_every_n_steps": _LOGGING.format("StalenessLogging, RetrievalLogging and StepTiming"),
-    "inspect_every_n_steps": _LOGGING.format("RetrievalHistograms and RetrievalSamples"),
+    "model.staleness_every_n_steps": _LISTED.format(
+        "RetrievalLogging, StalenessLogging and StepTiming, each with every_n_steps,"
+    ),
+    "model.inspect_every_n_steps": _LISTED.format(
+        "RetrievalHistograms and RetrievalSamples, each with every_n_steps, and LossByPosition"
+    ),
 }
-"""By the last part of a key of earlier versions, what takes its place."""
+"""By a key of an earlier version, what replaces it."""
 
 _load_yaml = get_loader("yaml")
 
@@ -49,12 +50,12 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent
 
 
 def suggest(message: str, known: Iterable[str]) -> str:
-    """The message, with what takes the place of an unknown key, or the nearest known one."""
+    """The message, and for an unknown key what replaces it or the nearest known key."""
     found = [match for pattern in UNKNOWN_KEY if (match := re.search(pattern, message))]
     if not found:
         return message
-    if found[0][1].rpartition(".")[2] in REMOVED:
-        return f"{message}; {REMOVED[found[0][1].rpartition('.')[2]]}"
+    if found[0][1] in REMOVED:
+        return f"{found[0][1]}: {REMOVED[found[0][1]]}"
     keys = list(known)
     near = difflib.get_close_matches(found[0][1], keys, n=1)
     return f"{message}; did you mean {near[0]}?" if near else message

@@ -78,12 +78,16 @@ class MemorizingLM(LightningModule):
         self.test_metrics = language_model_metrics("test/")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Clear the memory, control and log staleness; what the trainer has, it keeps.
+        """Clear the memory, log staleness and, where ``model.memory`` asks for it, control it.
 
-        Every other callback is listed in the config, under ``trainer.callbacks``.
+        A callback of the trainer's replaces one of these. All others are listed in the config,
+        under ``trainer.callbacks``. They act first, so throughput counts what a refresh costs.
         """
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
-        wanted = [MemoryClearing(), StalenessLogging(), StalenessControl()]
+        wanted: list[Callback] = [MemoryClearing(), StalenessLogging()]
+        memory = self.config.memory
+        if memory.refresh_every_n_steps or memory.drop_after_n_steps or memory.drop_below_cosine:
+            wanted.append(StalenessControl())
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 
     def setup(self, stage: str) -> None:

@@ -112,9 +112,11 @@ class PredictionWriter(Callback):
     one, and for each memory layer what the token before it, which predicts it, took most from
     (``BestNeighbour``). Documents stay on one rank, so each has one record.
 
+    ``train.py predict`` adds it without a config, since its files are all that prediction makes.
+
     Args:
-        path: the file of segments; that of documents is ``documents.parquet`` beside it. Each rank
-            writes its own part of both.
+        path: the file of segments; the file of documents is ``documents.parquet`` next to it. Each
+            rank writes its own part of both.
     """
 
     def __init__(self, path: Path) -> None:

@@ -33,8 +33,9 @@ def planned_steps(trainer: Any) -> float:
 class ProgressLines(ProgressBar):
     """Prints how far a run is, in plain lines: the first step, then one line every so often.
 
-    Takes the place of Lightning's progress bar where standard output is not a terminal. It shows
-    values that were logged anyway, so a line costs next to nothing.
+    ``train.py`` adds it without a config where standard output is not a terminal, in place of
+    Lightning's progress bar. It shows values that are logged anyway, so a line costs next to
+    nothing. List it in the config to set its argument.
 
     Args:
         every_n_seconds: least time between two lines about training, and between two about one
