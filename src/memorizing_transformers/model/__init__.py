@@ -2,12 +2,14 @@
 
 from .config import MemoryConfig, ModelConfig
 from .gates import GATES, Gate
+from .network import MemorizingNet, ModelOutput
 from .reader import MemoryReader, Retrieval
-from .transformer import ModelOutput, Transformer
+from .transformer import Transformer
 
 __all__ = [
     "GATES",
     "Gate",
+    "MemorizingNet",
     "MemoryConfig",
     "MemoryReader",
     "ModelConfig",

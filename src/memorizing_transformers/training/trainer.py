@@ -267,7 +267,7 @@ class MemoryTrainer(Trainer):
             "weights_only": weights_only,
             "run": self._lineage,
             "written": self._written,
-            **resume_facts(getattr(self, "datamodule", None)),
+            **resume_facts(module.datamodule),
         }
         part = self._copy_part(bank, keep)
         checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)

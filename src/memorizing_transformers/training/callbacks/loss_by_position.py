@@ -105,13 +105,11 @@ class LossByPosition(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin anew."""
-        config = pl_module.config
         self._active = bool(
             self.tokens
             and trainer.loggers
             and not trainer.sanity_checking
-            and config.memory.size
-            and config.memory_layers
+            and pl_module.memory_layers
         )
         self._left = self.tokens // trainer.world_size
         self._bank, self._sums = None, PositionSums()
@@ -136,8 +134,7 @@ class LossByPosition(Callback):
             device = batch.input_ids.device
             self._rows = torch.linspace(0, rows - 1, count, device=device).round().long()
             self._segment = segment
-            self._bank = pl_module.net.new_memory(count, device)
-            self._bank.memories.clear()
+            self._bank = pl_module.net.new_memory(count, device, size=0)
         part = Batch(*(tensor[self._rows] for tensor in batch))
         self._left -= part.input_ids.numel()
         self._bank.reset(part.reset)

@@ -68,13 +68,13 @@ class Observer(Callback):
         """Begin to observe."""
         self.trainer, self.module, self._step = trainer, pl_module, -1
         wanted = self.every_n_steps > 0 and trainer.loggers
-        if wanted and self._look not in self.module.readers:
-            self.module.readers.append(self._look)
+        if wanted and self._look not in self.module.observers:
+            self.module.observers.append(self._look)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop observing."""
-        if self._look in self.module.readers:
-            self.module.readers.remove(self._look)
+        if self._look in self.module.observers:
+            self.module.observers.remove(self._look)
 
     @torch.no_grad()
     def _look(self, batch: Batch, bank: MemoryBank, output: ModelOutput) -> None:

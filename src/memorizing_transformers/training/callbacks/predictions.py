@@ -127,8 +127,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the file of segments."""
-        config = pl_module.config
-        self._layers = list(config.memory_layers) if config.memory.size else []
+        self._layers = pl_module.memory_layers
         self._documents = {}
         columns = {
             f"layer{layer}_{name}": kind
@@ -156,7 +155,7 @@ class PredictionWriter(Callback):
             best = outputs["best"][layer]
             lists |= {f"layer{layer}_{name}": getattr(best, name) for name in NEIGHBOURS}
         lists = {name: tensor.cpu() for name, tensor in lists.items()}
-        names = self._names(trainer)
+        names = self._names(pl_module)
         records = []
         for row, document in enumerate(outputs["document"].tolist()):
             counted = lists["token"][row] != IGNORE_INDEX
@@ -181,7 +180,7 @@ class PredictionWriter(Callback):
         self._file = None
         shares = {f"layer{layer}_share": pa.float64() for layer in self._layers}
         path = part_of(self.path.with_name("documents.parquet"), trainer.global_rank)
-        documents, names = PartFile(path, {**DOCUMENTS, **shares}), self._names(trainer)
+        documents, names = PartFile(path, {**DOCUMENTS, **shares}), self._names(pl_module)
         documents.write(
             [{"document": names[i], **sums.record()} for i, sums in self._documents.items()]
         )
@@ -197,7 +196,7 @@ class PredictionWriter(Callback):
             self._file = None
 
     @staticmethod
-    def _names(trainer: Trainer) -> list[str]:
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        names: list[str] = getattr(datamodule, f"{datamodule.predict_split}_store").names
+    def _names(module: Any) -> list[str]:
+        data = module.datamodule
+        names: list[str] = getattr(data, f"{data.predict_split}_store").names
         return names

@@ -14,7 +14,7 @@ from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank, Neighbours
 from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
-from ...model import ModelOutput, Retrieval, Transformer
+from ...model import MemorizingNet, ModelOutput, Retrieval
 from ..sharded import whole
 from .observer import Observer, WarnOnce, log_scalars, tensorboards
 
@@ -38,7 +38,7 @@ def retrieved_ages(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Ten
     return step - in_fp64(memory.steps[row, slots]), in_fp64(memory.age()[row, slots]) + 1
 
 
-def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) -> float:
+def retrieval_recall(memory: Memory, retrieval: Retrieval) -> float:
     """Share of the true neighbours among what was retrieved, over a sample of queries.
 
     Only the exact search runs: what was found is at hand, and a search with an index may learn
@@ -46,7 +46,7 @@ def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) ->
     """
     top_k = retrieval.slots.shape[-1]
     asked, slots, valid = (
-        x.reshape(x.shape[0], num_kv_heads, -1, x.shape[-1])
+        x.reshape(x.shape[0], memory.keys.shape[1], -1, x.shape[-1])
         for x in (retrieval.queries, retrieval.slots, retrieval.valid)
     )
     count = asked.shape[2]
@@ -55,7 +55,7 @@ def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) ->
     return measured_recall(lambda *_: found, asked[:, :, chosen], memory, top_k)
 
 
-def learned_gates(net: Transformer) -> dict[int, Tensor]:
+def learned_gates(net: MemorizingNet) -> dict[int, Tensor]:
     """By memory layer the share of the memory in each head (H,), where it is a learned number.
 
     A collective where weights are sharded.
@@ -76,8 +76,8 @@ class RetrievalLogging(Observer):
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Log the scalars of this step."""
-        config, scalars = self.module.config, {}
-        readers = self.module.net.readers()
+        scalars, readers = {}, self.module.net.readers()
+        search = self.module.config.memory.search
         for layer, retrieval in output.retrievals.items():
             memory, name = bank.memories[layer], f"layer{layer}"
             scalars[f"memory/fill/{name}"] = (memory.fill / memory.size).mean().item()
@@ -90,9 +90,8 @@ class RetrievalLogging(Observer):
             steps, tokens = retrieved_ages(memory, retrieval, step)
             scalars[f"memory/retrieved_age_steps/{name}"] = steps.mean().item()
             scalars[f"memory/retrieved_age_tokens/{name}"] = tokens.mean().item()
-            if is_approximate(config.memory.search, readers[layer].search):
-                recall = retrieval_recall(memory, retrieval, config.kv_heads)
-                scalars[f"memory/recall/{name}"] = recall
+            if is_approximate(search, readers[layer].search):
+                scalars[f"memory/recall/{name}"] = retrieval_recall(memory, retrieval)
         if output.retrievals:
             for layer, gates in learned_gates(self.module.net).items():
                 for head, gate in enumerate(gates.tolist()):

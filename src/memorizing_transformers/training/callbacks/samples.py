@@ -111,8 +111,7 @@ class RetrievalSamples(Observer):
             self._warn_once(lambda: self._write(writers, batch, bank, output, step))
 
     def _decoder(self) -> Decode:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "text_tokenizer", None)
+        tokenizer = self.module.tokenizer
         if tokenizer is None:
             return lambda ids: " ".join(map(str, ids))
         return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank
-from ...model import ModelOutput, Transformer
+from ...model import MemorizingNet, ModelOutput
 from ..sharded import is_sharded
 from .observer import Observer, log_scalars
+from .staleness_control import evaluating
 
 
 def sample_window(memory: Memory, segment: int) -> tuple[int, Tensor] | None:
@@ -30,7 +31,7 @@ def sample_window(memory: Memory, segment: int) -> tuple[int, Tensor] | None:
 
 
 @torch.no_grad()
-def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
+def key_drift(net: MemorizingNet, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
     """Compare a sample of stored keys with what today's weights write for the same tokens.
 
     The window is read again behind the segment before it, without memory; so the figure holds the
@@ -45,9 +46,8 @@ def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> d
     if window is None:
         return {}
     row, slots = window
-    tokens, home = memory.token_ids[row].long(), net.embedding.weight.device
-    fresh = net.new_memory(1)
-    fresh.memories.clear()
+    tokens, home = memory.token_ids[row].long(), next(net.parameters()).device
+    fresh = net.new_memory(1, size=0)
     if int(memory.positions[row, slots[0]]) > 0 and fresh.caches:
         before = tokens[(slots - segment) % memory.size][None].to(home)
         fresh.commit(net(before, fresh).pairs)
@@ -94,10 +94,5 @@ class StalenessLogging(Observer):
         net = self.module.net
         if is_sharded(net):  # the ranks' memories differ, and they would not meet in its forward
             return {}
-        modes = [(module, module.training) for module in net.modules()]
-        net.eval()
-        try:
+        with evaluating(net):
             return key_drift(net, bank, layer, segment)
-        finally:
-            for module, mode in modes:
-                module.training = mode

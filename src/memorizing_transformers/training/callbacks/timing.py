@@ -97,7 +97,7 @@ class StepTiming(Callback):
         total = time.perf_counter() - self._began
         search = sum(timed.seconds for timed in self._searches.values())
         scalars = {"time/model_ms": 1000 * (total - search)}
-        if self._searches and pl_module.config.memory.size:
+        if pl_module.memory_layers:
             scalars["time/search_ms"] = 1000 * search
         if hasattr(trainer.train_dataloader, "seconds"):
             scalars["time/data_ms"] = 1000 * self._data
