@@ -1,4 +1,4 @@
-"""What the heads retrieve: how much of their output, how old, and how many of the true neighbours.
+"""What the heads retrieve: its share of the output, its age, and the recall of the search.
 
 Shapes: B rows, H query heads, G key/value heads, N segment, K neighbours.
 """
@@ -21,16 +21,16 @@ from .observer import Observer, WarnOnce, log_scalars, tensorboards
 RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""
 HISTOGRAM_PAIRS = 65536
-"""About as many retrieved pairs make a histogram of ages."""
+"""Approximate number of retrieved pairs in a histogram of ages."""
 
 
 def retrieved_ages(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Tensor, Tensor]:
-    """Ages of retrieved pairs, in training steps and in tokens, each neighbour alike.
+    """Ages of retrieved pairs, in training steps and in tokens; every neighbour has equal weight.
 
-    Must run before the segment is committed, while the slots still hold what was retrieved.
+    Must run before the segment is committed, while the slots still hold the retrieved pairs.
 
     Returns:
-        two vectors, an entry for every neighbour that was found.
+        two vectors with one entry for each neighbour that was found.
     """
     row = torch.arange(retrieval.slots.shape[0], device=retrieval.slots.device)
     row = row[:, None, None, None].expand_as(retrieval.slots)[retrieval.valid]
@@ -39,10 +39,10 @@ def retrieved_ages(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Ten
 
 
 def retrieval_recall(memory: Memory, retrieval: Retrieval) -> float:
-    """Share of the true neighbours among what was retrieved, over a sample of queries.
+    """Share of the true neighbours that was retrieved, over a sample of queries.
 
-    Only the exact search runs: what was found is at hand, and a search with an index may learn
-    from every question that it is asked.
+    Only the exact search runs: the other search has already run for this segment, and one with an
+    index may change its index with every query.
     """
     top_k = retrieval.slots.shape[-1]
     asked, slots, valid = (
@@ -56,9 +56,9 @@ def retrieval_recall(memory: Memory, retrieval: Retrieval) -> float:
 
 
 def learned_gates(net: MemorizingNet) -> dict[int, Tensor]:
-    """By memory layer the share of the memory in each head (H,), where it is a learned number.
+    """By memory layer the share of the memory in each head (H,), if it is a learned number.
 
-    A collective where weights are sharded.
+    A collective if weights are sharded.
     """
     shares = {layer: reader.gate.learned() for layer, reader in net.readers().items()}
     return {layer: whole(share) for layer, share in shares.items() if share is not None}
@@ -68,7 +68,7 @@ class RetrievalLogging(Observer):
     """Logs ``memory/*``: fill, share of the output, gates, ages, recall of approximate searches.
 
     Args:
-        every_n_steps: training steps between two measurements; 0 for never.
+        every_n_steps: Training steps between two measurements. 0 = never.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -104,7 +104,7 @@ class RetrievalHistograms(Observer):
     """Draws histograms for TensorBoard: gates or shares, ages of retrieved pairs.
 
     Args:
-        every_n_steps: training steps between two histograms; 0 for never.
+        every_n_steps: Training steps between two histograms. 0 = never.
     """
 
     def __init__(self, every_n_steps: int = 500) -> None:
@@ -136,7 +136,7 @@ class RetrievalHistograms(Observer):
             if layer not in gates:
                 values[f"memory/share_histogram/{name}"] = retrieval.share.flatten()
             rows, heads, tokens, top_k = retrieval.slots.shape
-            # Whole tokens: a stride over the neighbours would favour some ranks over others.
+            # All neighbours of a token: a stride over them would favour some ranks over others.
             count = min(tokens, max(1, HISTOGRAM_PAIRS // (rows * heads * top_k)))
             chosen = torch.linspace(0, tokens - 1, count, device=retrieval.slots.device).long()
             sample = retrieval._replace(
