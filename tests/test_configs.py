@@ -158,6 +158,13 @@ def test_ddp_is_the_quickstart_on_two_processes() -> None:
     assert int(found["data.batch_rows"]) % int(found["trainer.devices"]) == 0
 
 
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_every_run_lists_what_it_logs(path: Path) -> None:
+    kinds = {type(callback).__name__ for callback in build(path).trainer.callbacks}
+    assert kinds >= {"RetrievalLogging", "RetrievalHistograms", "RetrievalSamples"}
+    assert kinds >= {"LossByPosition", "StepTiming", "Throughput", "ModelCheckpoint"}
+
+
 def test_there_is_one_paper_config_per_row_of_table_4() -> None:
     found = []
     for path in PAPER:

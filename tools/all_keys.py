@@ -1,4 +1,4 @@
-"""Write configs/all-keys.yaml: every key of this project's own, with its help and its default.
+"""Write configs/all-keys.yaml: every key of this project, with its help and its default.
 
 make all-keys
 """
@@ -18,11 +18,11 @@ from memorizing_transformers.training.cli import read_config
 
 PATH = Path(__file__).parent.parent / "configs" / "all-keys.yaml"
 HEADER = """\
-# Every key of `python train.py fit` that Lightning's trainer does not have, with its default. Copy
-# what you change into a config of your own. Made by `make all-keys`; do not edit.
+# Every key of `python train.py fit` but those of Lightning's own trainer, with its default. Copy
+# the keys that you change into your own config. Made by `make all-keys`; do not edit.
 #   python train.py fit --config configs/all-keys.yaml --trainer.max_steps 4000
-# No experiment, so no hardware, minutes or perplexity: the defaults train a model of four layers on
-# Python's standard library, read byte by byte.
+# This is no experiment, so it names no hardware, minutes or perplexity. The defaults train a model
+# of four layers on the bytes of Python's standard library. Callbacks: configs/quickstart.yaml.
 """
 
 
@@ -43,13 +43,13 @@ def entries(tree: Mapping[str, Any], helps: Mapping[str, str], above: str = "") 
         elif key in helps:
             text = textwrap.wrap(helps[key], 98 - len(indent), break_on_hyphens=False)
             yield from (f"{indent}# {line}" for line in text)
-            # The end of a document follows a scalar.
+            # After a scalar PyYAML adds a line that ends the document.
             shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
             yield f"{indent}{name}: {shown}"
 
 
 def document() -> str:
-    """The file, as the parser of today would have it."""
+    """The text of the file for the current parser."""
     parser = read_config(()).parser
     defaults = yaml.safe_load(parser.dump(parser.get_defaults(), skip_unset=False))
     theirs = {f"trainer.{name}" for name in signature(Trainer).parameters}

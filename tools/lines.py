@@ -20,13 +20,13 @@ SILENT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
-"""Tokens that do not make a line one of code."""
+"""Tokens that do not make a line a line of code."""
 
 
 def code_lines(text: str) -> int:
     """Lines of code of a Python file.
 
-    A string that is a statement counts as a docstring, so that below a constant or field does too.
+    Every string that is a statement counts as a docstring, also below a constant or field.
 
     Args:
         text: the file.
@@ -49,7 +49,7 @@ def code_lines(text: str) -> int:
 def table(source: Path) -> str:
     """Files, lines and lines of code by package and room, as a table.
 
-    A room is a folder of a package with all that is below it; files of the package itself are one.
+    A room is a folder of a package with all its subfolders; the package's own files are one room.
 
     Args:
         source: the folder of the packages.

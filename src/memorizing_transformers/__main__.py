@@ -23,7 +23,7 @@ def prepare(config: list[str]) -> None:
     Example: python -m memorizing_transformers prepare --config configs/quickstart.yaml
 
     Args:
-        config: training configs; a key of a later one wins.
+        config: training configs; a key of a later one overrides.
     """
     from .training.cli import read_config
 
@@ -34,14 +34,14 @@ def prepare(config: list[str]) -> None:
 
 
 def estimate(config: list[str]) -> None:
-    """Print what a run will cost: bytes on device and host, FLOPs a step, bytes of a checkpoint.
+    """Print the cost of a run: bytes on device and host, FLOPs per step, bytes of a checkpoint.
 
-    A cost model of a step with a full memory, over all ranks; nothing is run.
+    The numbers are computed for a step with a full memory, over all ranks; nothing is run.
 
     Example: python -m memorizing_transformers estimate --config configs/quickstart.yaml
 
     Args:
-        config: training configs; a key of a later one wins.
+        config: training configs; a key of a later one overrides.
     """
     from .training.cli import read_config
     from .training.estimate import estimate as cost
@@ -93,7 +93,7 @@ def all_commands() -> dict[str, Callable[..., None]]:
         try:
             found[point.name] = point.load()
         except ModuleNotFoundError as error:
-            # The entry of a package that was deleted may remain; what a package lacks is an error.
+            # The entry point of a deleted package may remain; a missing dependency is an error.
             if error.name not in (point.module, point.module.partition(".")[0]):
                 raise
     source = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def _run_command() -> None:
         subparser = OneLineParser(description=description)
         repeated = {"config"} & {*signature(command).parameters}
         for key in repeated:
-            words = "a training config; may be repeated, a key of a later one wins"
+            words = "a training config; may be repeated, a key of a later one overrides"
             subparser.add_argument(f"--{key}", action="append", required=True, help=words)
         subparser.add_function_arguments(command, as_group=False, skip={*repeated})
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
@@ -121,7 +121,7 @@ def _run_command() -> None:
 
 
 def main() -> None:
-    """Run a command; whatever ends it, ends it with one line."""
+    """Run a command; any error ends it with one line."""
     take_debug_flag(sys.argv)
     run(_run_command)
 

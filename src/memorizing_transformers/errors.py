@@ -1,10 +1,10 @@
-"""Errors that a user can mend. Entry points print them as one line and exit with code 2."""
+"""Errors that a user can correct. Entry points print them as one line and exit with code 2."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence with its remedy."""
+    """A mistake of the user: one sentence that says what is wrong and how to correct it."""
 
 
 class ConfigError(UserError):
@@ -12,8 +12,8 @@ class ConfigError(UserError):
 
     Args:
         key: the full name of the setting, e.g. ``model.memory.top_k``.
-        value: what was given.
-        remedy: what would do, e.g. ``must be at most model.memory.size (32)``.
+        value: its value.
+        remedy: what to give instead, e.g. ``must be at most model.memory.size (32)``.
     """
 
     def __init__(self, key: str, value: object, remedy: str) -> None:

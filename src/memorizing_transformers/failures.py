@@ -1,7 +1,7 @@
-"""What a command says when it cannot go on: one line, whatever library raised the error.
+"""The one line that a command prints when it fails, for an error of any library.
 
-Exit code 2 means that something given cannot work: a setting, a file, a package or the machine's
-room. Exit code 1 means that the program failed after its first batch. ``--debug``, or the
+Exit code 2 means that an input cannot work: a setting, a file, a package, or the machine's memory
+or disk. Exit code 1 means that the program failed after its first batch. ``--debug``, or the
 environment variable ``MEMORIZING_DEBUG``, prints the traceback above the line.
 """
 
@@ -25,7 +25,7 @@ SHOWS = f"{DEBUG_FLAG} shows where"
 HELP = f"{DEBUG_FLAG}, or {DEBUG_VARIABLE}=1, shows the traceback of an error"
 
 GIVEN, FAILED, INTERRUPTED = 2, 1, 130
-"""Exit codes: a mistake in what was given, a failure of the program, Ctrl-C."""
+"""Exit codes: an input that cannot work, a failure of the program, Ctrl-C."""
 
 KEYS = {
     "Callback": "trainer.callbacks",
@@ -38,13 +38,13 @@ KEYS = {
     "LightningDataModule": "data",
     "LightningModule": "model",
 }
-"""By the name of a base class of Lightning's, the key that sets objects of it."""
+"""By the name of one of Lightning's base classes, the key that sets its objects."""
 
 EXTRAS = ("Callback", "Logger", "Profiler")
 """Base classes whose objects run during training and are set by the user."""
 
 BATCHES = ("advance", "_evaluation_step", "_predict_step")
-"""Functions of Lightning's loops that are at work once the first batch is read."""
+"""Functions of Lightning's loops that run once the first batch is read."""
 
 DISK = {
     errno.ENOSPC: "make room, or write to another disk",
@@ -58,7 +58,7 @@ DISK = {
     errno.EEXIST: "give another name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
-"""What would do where a file or folder cannot be used."""
+"""The remedy if a file or folder cannot be used."""
 
 ROOM = (
     "lower data.batch_rows, data.segment_length or model.memory.size, or set "
@@ -67,7 +67,7 @@ ROOM = (
 
 
 def _frames(error: BaseException) -> list[FrameType]:
-    """The frames that an error passed, the innermost first."""
+    """The frames through which an error passed, the innermost first."""
     return [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
 
 
@@ -76,7 +76,7 @@ def _module(frame: FrameType) -> str:
 
 
 def _library_base(kind: type) -> str | None:
-    """The name of the base class in ``KEYS`` that a class is of."""
+    """The name of the base class in ``KEYS`` of which a class is a subclass."""
     ours = (base.__name__ for base in kind.__mro__ if base.__module__.startswith("lightning."))
     return next((name for name in ours if name in KEYS), None)
 
@@ -90,23 +90,23 @@ def _batches_began(error: BaseException) -> bool:
 
 
 def _came_from(error: BaseException) -> Any | None:
-    """The innermost object of Lightning's kinds that the error passed, or None."""
+    """The innermost object of one of Lightning's base classes on the error's way, or None."""
     for frame in _frames(error):
         owner = frame.f_locals.get("self")
         if frame.f_code.co_name == "__getattr__":
-            continue  # whoever asked for what is not there is to blame
+            continue  # the caller asked for a missing attribute
         if owner is not None and _library_base(type(owner)) is not None:
             return owner
     return None
 
 
 def _is_given(error: BaseException) -> bool:
-    """Whether an error is raised for what the user gave, by its kind alone."""
+    """Whether the type of an error says that an input of the user is wrong."""
     return isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and those behind it."""
+    """An error and the errors that caused it."""
     chain = [error]
     while (behind := chain[-1].__cause__ or chain[-1].__context__) and behind not in chain:
         chain.append(behind)
@@ -114,7 +114,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The error to speak of: a user's mistake behind others, or what an aftermath has hidden."""
+    """The error to report: the wrong input that caused others, or the one before a cleanup."""
     chain = _chain(error)
     for one in chain:
         if _is_given(one):
@@ -127,7 +127,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _plain(error: BaseException) -> tuple[str, bool]:
-    """An error in words, and whether these are complete without its type."""
+    """The text of an error, and whether it is clear without the error's type."""
     text = shorten(str(error))
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
@@ -142,10 +142,10 @@ def _plain(error: BaseException) -> tuple[str, bool]:
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, in one line, and the exit code that it deserves.
+    """The line for an error, and the exit code.
 
     Args:
-        error: as it was caught; its traceback says where it came from.
+        error: as caught; its traceback shows where it came from.
     """
     error = _root(error)
     if isinstance(error, UserError):
@@ -173,7 +173,7 @@ def _debugging() -> bool:
 
 
 def take_debug_flag(arguments: list[str]) -> None:
-    """Take ``--debug`` out of a command line; the processes that this one starts know it too."""
+    """Remove ``--debug`` from a command line and set it for this process and those it starts."""
     if DEBUG_FLAG in arguments:
         arguments[:] = [argument for argument in arguments if argument != DEBUG_FLAG]
         os.environ[DEBUG_VARIABLE] = "1"
@@ -185,14 +185,14 @@ def _first_of_node() -> bool:
 
 
 def fail(line: str, error: BaseException | None = None, code: int = GIVEN) -> NoReturn:
-    """Print one line and end.
+    """Print one line and exit.
 
-    Of what is wrong before the first batch only one process of each machine speaks.
+    Before the first batch only one process of each machine prints it.
 
     Args:
-        line: what to say.
-        error: what was caught, for its traceback.
-        code: of the exit.
+        line: the line.
+        error: the error that was caught, for its traceback.
+        code: the exit code.
     """
     if error is not None and _debugging():
         traceback.print_exception(error)
@@ -200,14 +200,14 @@ def fail(line: str, error: BaseException | None = None, code: int = GIVEN) -> No
         line = f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK'))}: {line}"
     elif not _first_of_node():
         sys.exit(code)
-    # Names of files may hold bytes that are no text.
+    # File names may hold bytes that are not text.
     line = line.encode("utf-8", "backslashreplace").decode("utf-8")
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _release(error: BaseException) -> None:
-    """Let go of what a failed start has left half made; how that complains is of no interest."""
+    """Free what a failed start has left incomplete, without the messages of its destructors."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     for one in _chain(error):
@@ -217,9 +217,9 @@ def _release(error: BaseException) -> None:
 
 
 def run(work: Callable[[], object]) -> None:
-    """Do the work of a command; where anything goes wrong, end the process with one line."""
+    """Run a command; if it fails, end the process with one line."""
     for stream in (sys.stdout, sys.stderr):
-        # What a terminal's encoding lacks, such as an accent in a file's name, is escaped.
+        # Escape characters that the terminal's encoding lacks, e.g. in a file name.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -230,7 +230,7 @@ def run(work: Callable[[], object]) -> None:
         print("stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has left; nothing more can be said there.
+        # The reader of our output has closed it; nothing more can be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as error:

@@ -13,7 +13,7 @@ EXPECTED = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Litera
 SUBCLASS = re.compile(r"Not a valid (subclass of \w+)")
 GOT = re.compile(r"\. Got value: (.*)")
 VAGUE = ("Expected ", "Not a valid subclass", "Import path", "Subclass types")
-"""How reasons begin that only say which other kinds of value would do."""
+"""How reasons begin that only name other kinds of value."""
 LONGEST_VALUE = 60
 
 
@@ -23,7 +23,7 @@ def one_line(message: str) -> str:
 
 
 def _reasons(listed: str) -> list[str]:
-    """The items of a list, those nested in them left in."""
+    """The items of a list; nested items stay in their item."""
     indent = re.match(r"\s*", listed)
     assert indent is not None
     items = re.split(rf"(?:^|\n){indent[0]}- ", listed)
@@ -31,7 +31,7 @@ def _reasons(listed: str) -> list[str]:
 
 
 def _must_be(reasons: list[str]) -> str:
-    """What would do, of reasons that each name a kind of value."""
+    """One reason from several that each name a kind of value."""
     kinds = []
     for reason in reasons:
         if expected := EXPECTED.search(reason):
@@ -44,7 +44,7 @@ def _must_be(reasons: list[str]) -> str:
 
 
 def shorten(message: str) -> str:
-    """In one line, and only what matters, what the parser says of a value that fits no type."""
+    """The parser's message in one line; for a value that fits no type, its key and the reason."""
     key, union, got = KEY.search(message), UNION.search(message), GOT.search(message)
     if union is not None:
         reasons, value = _reasons(union[1]), one_line(union[2])
@@ -60,7 +60,7 @@ def shorten(message: str) -> str:
 
 
 def setting_of(frames: Iterable[FrameType]) -> str:
-    """The key, and the class given for it, that jsonargparse was at work on; "" if none is known.
+    """The key that jsonargparse was reading, with the class given for it; "" if none is known.
 
     Args:
         frames: the innermost first.

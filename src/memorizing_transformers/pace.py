@@ -1,4 +1,4 @@
-"""How often to say how far something is, where there is no terminal to draw a bar on."""
+"""How often to print progress if there is no terminal for a progress bar."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import time
 from datetime import timedelta
 
 SECONDS = 30.0
-"""Between two lines in a log file."""
+"""Seconds between two lines."""
 
 
 class Pace:
     """Tells when the next line is due.
 
     Args:
-        seconds: between two lines.
-        at_once: whether the first is due at the first question, or after as many seconds.
+        seconds: seconds between two lines.
+        at_once: the first line is due at once. If false, after ``seconds``.
     """
 
     def __init__(self, seconds: float = SECONDS, at_once: bool = False) -> None:
@@ -31,5 +31,5 @@ class Pace:
 
 
 def duration(seconds: float) -> str:
-    """A time in hours, minutes and seconds, e.g. ``1 day, 2:03:04``."""
+    """A duration in days, hours, minutes and seconds, e.g. ``1 day, 2:03:04``."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Command-line parsers that say what is wrong in one line."""
+"""Command-line parsers with one-line errors."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ UNKNOWN_KEY = (
     r"[Kk]ey ['\"]([\w.]+)['\"] is not expected",
     r"Option '([\w.]+)' is not accepted",
 )
-"""How the parser speaks of a key that it does not know."""
+"""The parser's messages about an unknown key."""
 
-_LOGGING = (
-    "callbacks are listed in the config: give {} under trainer.callbacks, with every_n_steps of "
-    "their own, as configs/quickstart.yaml does"
-)
+_LISTED = "was removed; list {} under trainer.callbacks instead, as configs/quickstart.yaml does"
 REMOVED = {
-    "staleness_every_n_steps": _LOGGING.format("StalenessLogging, RetrievalLogging and StepTiming"),
-    "inspect_every_n_steps": _LOGGING.format("RetrievalHistograms and RetrievalSamples"),
+    "model.staleness_every_n_steps": _LISTED.format(
+        "RetrievalLogging, StalenessLogging and StepTiming, each with every_n_steps,"
+    ),
+    "model.inspect_every_n_steps": _LISTED.format(
+        "RetrievalHistograms and RetrievalSamples, each with every_n_steps, and LossByPosition"
+    ),
 }
-"""By the last part of a key of earlier versions, what takes its place."""
+"""By a key of an earlier version, what replaces it."""
 
 _load_yaml = get_loader("yaml")
 
@@ -44,28 +45,28 @@ def _load(text: str) -> Any:
 
 
 set_loader("yaml", _load, (yaml.YAMLError,))
-# Lightning has members of enumerations among the defaults of its callbacks.
+# Some defaults of Lightning's callbacks are members of enumerations.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent_data(one.value))
 
 
 def suggest(message: str, known: Iterable[str]) -> str:
-    """The message, with what takes the place of an unknown key, or the nearest known one."""
+    """The message, and for an unknown key what replaces it or the nearest known key."""
     found = [match for pattern in UNKNOWN_KEY if (match := re.search(pattern, message))]
     if not found:
         return message
-    if found[0][1].rpartition(".")[2] in REMOVED:
-        return f"{message}; {REMOVED[found[0][1].rpartition('.')[2]]}"
+    if found[0][1] in REMOVED:
+        return f"{found[0][1]}: {REMOVED[found[0][1]]}"
     keys = list(known)
     near = difflib.get_close_matches(found[0][1], keys, n=1)
     return f"{message}; did you mean {near[0]}?" if near else message
 
 
 def configs_first(args: Sequence[str], subcommands: Collection[str]) -> list[str]:
-    """The arguments with a subcommand's config files first, so that keys win wherever they stand.
+    """Put a subcommand's config files first, so that keys at any place override them.
 
     Args:
         args: the command line.
-        subcommands: the names of subcommands.
+        subcommands: the names of the subcommands.
     """
     start = next((i + 1 for i, arg in enumerate(args) if arg in subcommands), 0)
     configs: list[str] = []
@@ -82,21 +83,22 @@ def configs_first(args: Sequence[str], subcommands: Collection[str]) -> list[str
 
 
 def check_base(content: str) -> None:
-    """Refuse a config that names its base (``config: FILE``) and would lose some of it.
+    """Refuse a config that names its base (``config: FILE``) and would drop values of it.
 
-    The parser first takes the base, then replaces values: a group of the file would drop the rest
-    of the base's group, ``+`` would drop the base's list, and what is above ``config`` is dropped.
+    The parser reads the base first and then replaces values: a group of the file would drop the
+    other keys of the base's group, ``+`` would drop the base's list, and keys above ``config`` are
+    lost.
 
     Args:
         content: YAML.
 
     Raises:
-        TypeError: naming the key and what would do.
+        TypeError: naming the key and a form that works.
     """
     try:
         given = yaml.safe_load(content)
     except yaml.YAMLError:
-        return  # the parser says what is wrong with it
+        return  # the parser reports it
     if not isinstance(given, dict) or "config" not in given:
         return
     first, base = next(iter(given)), given.pop("config")
@@ -115,7 +117,7 @@ def check_base(content: str) -> None:
 
 
 class OneLineParser(ArgumentParser):
-    """Prints ``error: ...`` with the nearest known key, and exits with 2."""
+    """Prints ``error: ...``, with the nearest key for an unknown one, and exits with 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A prefix of a key is a mistake, not a short form.
@@ -127,9 +129,9 @@ class OneLineParser(ArgumentParser):
         return super().parse_string(content, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and leave."""
+        """Print what is wrong and exit."""
         parser = getattr(ex, "subcommand_parser", None) or self
         known = [action.dest for action in parser._actions]
-        # A parser of one class knows its own keys only; its callers know whose they are.
+        # A parser of one class only knows its own keys; its callers know the key of that class.
         callers = (caller.frame for caller in inspect.stack(0))
         fail(suggest(setting_of(callers) + shorten(message), known), ex)

@@ -1,4 +1,4 @@
-"""A key that a YAML or JSON file gives twice is refused: the last would win without a word."""
+"""Refuse a key that a YAML or JSON file gives twice: the parser would silently take the last."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class RepeatedKey(yaml.YAMLError):
 
 
 def refuse_repeated_keys(text: str) -> None:
-    """Look through a YAML or JSON document.
+    """Check a YAML or JSON document.
 
     ``data.seed: 1`` and ``data: {seed: 2}`` give the same key. A key that overrides one merged with
-    ``<<`` is no repetition.
+    ``<<`` is not a repetition.
 
     Raises:
         RepeatedKey: naming the key and its lines.
-        yaml.YAMLError: where the text is no YAML.
+        yaml.YAMLError: if the text is not YAML.
     """
     given: dict[str, int] = {}
-    """The lines of values by their full keys."""
+    """By full key, the line of its value."""
     seen: set[int] = set()
     waiting = [("", yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))]
     while waiting:
@@ -35,7 +35,7 @@ def refuse_repeated_keys(text: str) -> None:
         if not isinstance(node, yaml.MappingNode):
             continue
         here: dict[str, int] = {}
-        """Those of this mapping's own keys, mappings among their values too."""
+        """The same for the keys of this mapping, also where the value is a mapping."""
         for key, value in node.value:
             name, line = f"{prefix}{key.value}", key.start_mark.line + 1
             waiting.append((f"{name}.", value))

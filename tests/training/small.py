@@ -270,13 +270,19 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
-def by_hand(net: Transformer, store: TokenStore) -> dict[str, float]:
-    """One document after the other, segment by segment, with nothing of the trainer's."""
+def by_hand(net: Transformer, store: TokenStore, size: int | None = None) -> dict[str, float]:
+    """One document after the other, segment by segment, with nothing of the trainer's.
+
+    Args:
+        net: the network.
+        store: the documents.
+        size: slots of the memory; the configured number by default.
+    """
     nll, hits, tokens, num_bytes = 0.0, 0, 0, 0.0
     net.eval()
     for index in range(len(store)):
         document = torch.from_numpy(store.document(index).astype("int64"))
-        bank = net.new_memory(1)
+        bank = net.new_memory(1, size=size)
         inputs, targets = document[None, :-1], document[None, 1:]
         for ids, expected in zip(inputs.split(SEGMENT, 1), targets.split(SEGMENT, 1), strict=True):
             with torch.no_grad():

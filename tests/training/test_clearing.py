@@ -50,11 +50,23 @@ class OwnClearing(MemoryClearing):
 def test_callbacks_of_the_users_own_replace_the_modules(texts: Path) -> None:
     trainer = make_trainer(max_steps=1, callbacks=[OwnClearing()])
     for _ in range(2):  # the second run finds those of the first
-        trainer.fit(make_module(), datamodule=make_data(texts))
+        trainer.fit(make_module(refresh_every_n_steps=4), datamodule=make_data(texts))
         kinds = [type(callback) for callback in trainer.callbacks]
         for kind in (OwnClearing, StalenessLogging, StalenessControl):
             assert kinds.count(kind) == 1
         assert MemoryClearing not in kinds
+
+
+@pytest.mark.parametrize(
+    "control",
+    [{}, {"refresh_every_n_steps": 2}, {"drop_after_n_steps": 2}, {"drop_below_cosine": 0.5}],
+)
+def test_staleness_is_controlled_where_a_key_asks_for_it(texts: Path, control: Any) -> None:
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_module(**control), datamodule=make_data(texts))
+    kinds = [type(callback) for callback in trainer.callbacks]
+    assert {MemoryClearing, StalenessLogging} <= {*kinds}
+    assert (StalenessControl in kinds) == bool(control)
 
 
 class Strict(MemorizingLM):

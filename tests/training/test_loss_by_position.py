@@ -24,7 +24,6 @@ from small import (
 from memorizing_transformers.training.callbacks import LossByPosition
 from memorizing_transformers.training.callbacks import loss_by_position as figures
 from memorizing_transformers.training.callbacks.loss_by_position import PositionSums, draw
-from memorizing_transformers.training.final_table import memory_size
 from memorizing_transformers.training.tensorboard import RunLogger
 
 VALIDATING: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 6}
@@ -70,8 +69,7 @@ def test_both_losses_are_those_of_two_runs_over_the_split(
     tokens, on, off = figure.all[-1].sums.sum(1).tolist()
     assert tokens == sum(len(data.validation_store.document(i)) - 1 for i in range(3))
     with_memory = by_hand(module.net, data.validation_store)["loss"]
-    with memory_size(module, 0):
-        without = by_hand(module.net, data.validation_store)["loss"]
+    without = by_hand(module.net, data.validation_store, size=0)["loss"]
     assert on / tokens == pytest.approx(with_memory, rel=1e-5)
     assert off / tokens == pytest.approx(without, rel=1e-5)
     assert on != off

@@ -81,7 +81,7 @@ class Order(MemorizingLM):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.order: list[str] = []
-        self.readers.append(lambda batch, bank, output: self.order.append("observe"))
+        self.observers.append(lambda batch, bank, output: self.order.append("observe"))
 
     def prepare_bank(self, stage: str, batch: Any) -> MemoryBank:
         self.order.append(f"clear {stage}")
@@ -272,7 +272,7 @@ def test_the_vocabulary_is_the_tokenizers_unless_it_is_larger(texts: Path) -> No
         module = make_module(vocab_size=given)
         make_trainer(max_steps=1).fit(module, datamodule=make_data(texts))
         assert module.net.embedding.num_embeddings == expected
-    with pytest.raises(ConfigError, match=r"model\.vocab_size = 200: the tokenizer has 256"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 200: must be at least 256"):
         make_trainer().fit(make_module(vocab_size=200), datamodule=make_data(texts))
 
 

@@ -15,7 +15,7 @@ from small import command, make_data, make_module, make_trainer
 from memorizing_transformers.data.tokens import prepare
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.pace import Pace, duration
-from memorizing_transformers.training.callbacks import ProgressLines
+from memorizing_transformers.training.callbacks import ProgressLines, Throughput
 from memorizing_transformers.training.cli import draws_a_bar, read_config
 
 
@@ -62,7 +62,7 @@ def lines_of(
     callback.clock = clock
     given = {"max_steps": 40, "log_every_n_steps": 1, "enable_progress_bar": True, **options}
     checkpoint = given.pop("ckpt_path", None)
-    trainer = make_trainer(**given, callbacks=[callback])
+    trainer = make_trainer(**given, callbacks=[callback, Throughput()])
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         run = getattr(trainer, what)

@@ -118,7 +118,7 @@ READERS: dict[str, Callable[..., Any]] = {
     "scalars": lambda module, *rest: observed(module, RetrievalLogging(), *rest),
     "staleness": lambda module, *rest: observed(module, StalenessLogging(), *rest),
     "recall": lambda module, batch, bank, output: retrieval_recall(
-        bank.memories[LAYER], output.retrievals[LAYER], 2
+        bank.memories[LAYER], output.retrievals[LAYER]
     ),
     "histograms": histograms,
     "samples": sample,

@@ -42,10 +42,10 @@ def test_recall_is_the_share_of_the_true_neighbours(kv_heads: int) -> None:
     grouped = queries.reshape(2, kv_heads, -1, 8)
     slots, valid = (x.reshape(2, 4, 12, -1) for x in make_search("exact")(grouped, memory, 8))
     found = Retrieval(slots, valid, NOTHING, NOTHING, queries, NOTHING, NOTHING, slots, valid)
-    assert retrieval_recall(memory, found, kv_heads) == 1.0
+    assert retrieval_recall(memory, found) == 1.0
     last = make_search("exact")(-grouped, memory, 8).slots.reshape(2, 4, 12, -1)
     half = torch.cat([slots[..., :4], last[..., :4]], -1)
-    assert retrieval_recall(memory, found._replace(searched=half), kv_heads) == 0.5
+    assert retrieval_recall(memory, found._replace(searched=half)) == 0.5
 
 
 def test_recall_is_measured_where_a_search_may_miss(texts: Path) -> None:
@@ -111,7 +111,7 @@ def test_logged_figures_are_those_of_a_slow_count(texts: Path) -> None:
             "memory/gate/layer1_head1": torch.sigmoid(gate[1]).item(),
         }
 
-    module.readers.append(count)
+    module.observers.append(count)
     options = {"max_steps": 30, "log_every_n_steps": 1, "callbacks": logs(3)}
     trainer = make_trainer(logger=logger, **options)
     trainer.fit(module, datamodule=make_data(texts))
@@ -175,7 +175,7 @@ def test_histograms_are_of_what_was_retrieved(texts: Path, tmp_path: Path, combi
             ages = retrieved_ages(memory, found, module.global_step)
             expected[module.global_step] = [age.tolist() for age in ages]
 
-    module.readers.append(count)
+    module.observers.append(count)
     logger = RunLogger(tmp_path, name="", version="run")
     trainer = make_trainer(max_steps=10, logger=logger, callbacks=logs(seldom=3))
     trainer.fit(module, datamodule=make_data(texts))

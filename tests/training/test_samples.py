@@ -133,5 +133,5 @@ def test_without_a_tokenizer_ids_are_shown() -> None:
     from memorizing_transformers.training.callbacks import RetrievalSamples
 
     samples = RetrievalSamples()
-    samples.trainer = SimpleNamespace()
+    samples.module = SimpleNamespace(tokenizer=None)
     assert samples._decoder()([3, 4]) == "3 4"

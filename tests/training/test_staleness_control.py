@@ -27,7 +27,7 @@ def watched(
 ) -> None:
     """Train and let ``see(module, batch, bank)`` look between read and commit."""
     module = make_module(**{"size": 50, "optimizer": FAST, **settings})
-    module.readers.append(lambda batch, bank, output: see(module, batch, bank))
+    module.observers.append(lambda batch, bank, output: see(module, batch, bank))
     make_trainer(max_steps=steps, **(options or {})).fit(module, datamodule=make_data(texts))
 
 

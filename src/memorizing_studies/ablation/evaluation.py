@@ -15,7 +15,7 @@ from memorizing_transformers.data.batch import IGNORE_INDEX, Batch
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.memory import Memory, Neighbours, Search
 from memorizing_transformers.memory.search.recall import measured_recall
-from memorizing_transformers.model import Transformer
+from memorizing_transformers.model import MemorizingNet
 from memorizing_transformers.model.renamed import with_current_names
 from memorizing_transformers.training.callbacks.timing import TimedSearch, wait_for
 from memorizing_transformers.training.checkpoint import folder as checkpoints
@@ -27,7 +27,9 @@ RECALL_QUERIES = 16
 """The number of queries per row and key/value head whose recall is measured."""
 
 
-def load_weights(net: Transformer, folder: Path, fresh_memory: bool, tokenizer: Any = None) -> None:
+def load_weights(
+    net: MemorizingNet, folder: Path, fresh_memory: bool, tokenizer: Any = None
+) -> None:
     """Put a checkpoint's weights into a network, which may differ in its memory layers.
 
     Gates and biases of retrieved pairs that the network lacks are left out.

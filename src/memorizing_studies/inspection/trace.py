@@ -192,16 +192,12 @@ def read_document(
     """
     tokens = torch.from_numpy(ids).to(model.embedding.weight.device)
     trace = new_trace(model, size, len(ids), top)
-    configured = model.config.memory.size
-    model.config.memory.size = size
     try:
-        bank = model.new_memory(1)
+        bank = model.new_memory(1, size=size)
     except (RuntimeError, TypeError) as error:
         # Torch has no error of its own for what cannot be allocated, or not even be counted.
         remedy = "there is no room for so many slots; give fewer"
         raise ConfigError("memory_sizes", size, remedy) from error
-    finally:
-        model.config.memory.size = configured
     beside = {layer: tokens.to(memory.device) for layer, memory in bank.memories.items()}
     for start in range(0, len(ids) - 1, segment):
         # The document's last token predicts nothing.

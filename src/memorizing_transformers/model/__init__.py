@@ -3,14 +3,16 @@
 from .config import MemoryConfig, ModelConfig
 from .copying import COPIES, CopyHead
 from .gates import GATES, Gate
+from .network import MemorizingNet, ModelOutput
 from .reader import MemoryReader, Retrieval
-from .transformer import ModelOutput, Transformer
+from .transformer import Transformer
 
 __all__ = [
     "COPIES",
     "GATES",
     "CopyHead",
     "Gate",
+    "MemorizingNet",
     "MemoryConfig",
     "MemoryReader",
     "ModelConfig",

@@ -6,7 +6,6 @@ Shapes: B rows, N segment, V vocabulary.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
@@ -21,22 +20,9 @@ from .attention import Attention, MemoryLayerAttention
 from .compiled import compilable
 from .config import ModelConfig
 from .copying import CopyHead
+from .network import MemorizingNet, ModelOutput
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
-
-IGNORE_INDEX = -100
-
-
-@dataclass
-class ModelOutput:
-    """What a forward pass returns."""
-
-    logits: Tensor
-    """(B, N, V)."""
-    pairs: SegmentPairs
-    """The segment's keys and values, for ``MemoryBank.commit``."""
-    retrievals: dict[int, Retrieval] = field(default_factory=dict)
-    """By memory layer what was retrieved; empty without a memory."""
 
 
 def _rename(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
@@ -104,7 +90,7 @@ class Layer(nn.Module):
         return self.attention(self.attention_norm(x), cache, memory, input_ids)
 
 
-class Transformer(nn.Module):
+class Transformer(MemorizingNet):
     """A decoder-only language model whose memory layers reach far back.
 
     Forward reads a ``MemoryBank`` and changes nothing; ``bank.commit(output.pairs)`` writes.
@@ -179,17 +165,32 @@ class Transformer(nn.Module):
         }
 
     def memory_parameters(self) -> list[nn.Parameter]:
-        """The parameters that only matter while there is a memory: those of the readers."""
-        parts = [*self.readers().values(), *([] if self.copy_head is None else [self.copy_head])]
-        return [p for part in parts for p in part.parameters()]
+        """The parameters that are only used with a memory: those of readers and copy head."""
+        head = [] if self.copy_head is None else list(self.copy_head.parameters())
+        return super().memory_parameters() + head
 
-    def new_memory(self, batch_size: int, device: torch.device | str | None = None) -> MemoryBank:
-        """An empty bank for ``batch_size`` rows, of the configured size.
+    def blocks(self) -> list[nn.Module]:
+        """The layers."""
+        return list(self.layers)
+
+    def architecture(self) -> dict[str, Any]:
+        """What the shapes and the meaning of the weights depend on, of the config."""
+        return self.config.architecture()
+
+    def new_memory(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        size: int | None = None,
+    ) -> MemoryBank:
+        """An empty bank.
 
         Args:
             batch_size: rows B.
-            device: where XL caches live, and with ``memory.device=model`` the memory too; None for
-                the model's own.
+            device: where XL caches are stored, and with ``memory.device=model`` the memory too.
+                Default: with the weights.
+            size: slots of each memory. 0 switches the memory off and keeps the XL caches. Default:
+                the configured size.
         """
         config = self.config
         device = device or self.embedding.weight.device
@@ -197,9 +198,10 @@ class Transformer(nn.Module):
         dtype = STORAGE_DTYPES[config.memory.dtype]
         shape = (batch_size, config.kv_heads)
         memories = {}
-        if config.memory.size:
+        size = config.memory.size if size is None else size
+        if size:
             memories = {
-                layer: Memory(*shape, config.memory.size, config.head_width, dtype, place)
+                layer: Memory(*shape, size, config.head_width, dtype, place)
                 for layer in config.memory_layers
             }
         caches = {}
@@ -265,18 +267,3 @@ class Transformer(nn.Module):
         _, k, v = layer.attention.project(layer.attention_norm(x))
         pairs[last] = (k.detach(), v.detach())
         return SegmentPairs(pairs, pairs)
-
-    @staticmethod
-    def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Negative log-likelihood in fp32 over counted tokens.
-
-        Args:
-            logits: (B, N, V).
-            targets: (B, N) int64, -100 where nothing counts.
-            reduction: mean over counted tokens, sum, or none for (B, N).
-        """
-        flat = logits.float().flatten(0, 1)
-        loss = F.cross_entropy(
-            flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
-        )
-        return loss.view_as(targets) if reduction == "none" else loss

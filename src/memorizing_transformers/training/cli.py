@@ -29,7 +29,7 @@ from .trainer import MemoryTrainer
 from .unwanted_messages import drop_unwanted_messages
 
 LIMITED = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
-"""By command, whose batches it cannot do without."""
+"""By command, the split whose batches it needs."""
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -37,11 +37,11 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config with a training run and tells its loggers the settings; other
-    commands leave both alone."""
+    """Saves the resolved config of a training run and gives the settings to its loggers. Other
+    commands do neither."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait: a start that is refused leaves the config of the run that it would resume."""
+        """Do nothing yet: a refused start must not overwrite the config of an earlier run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``config.yaml`` into the run's folder."""
@@ -58,7 +58,7 @@ def root_folder(trainer: Any) -> Path:
     """Where runs go, by the trainer's settings.
 
     Raises:
-        ConfigError: where nothing can be written there.
+        ConfigError: if the folder cannot be written.
     """
     key, given = "trainer.default_root_dir", trainer["default_root_dir"]
     if not given:
@@ -81,7 +81,7 @@ class RunPredictions(PredictionWriter):
 
 
 def draws_a_bar(trainer: Any, callbacks: list[Any]) -> bool:
-    """Whether the trainer would bring a progress bar of its own, by its settings."""
+    """Whether the trainer, with these settings, would add its own progress bar."""
     if trainer["enable_progress_bar"] is False or trainer["barebones"]:
         return False
     return not any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -115,7 +115,7 @@ class MemoryCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Let keys win over config files in whatever order they are given."""
+        """Let keys override config files, in any order of the arguments."""
         if args is None or isinstance(args, list):
             given = sys.argv[1:] if args is None else args
             self.config = parser.parse_args(configs_first(given, self.subcommands()))
@@ -127,9 +127,9 @@ class MemoryCLI(LightningCLI):
             raise ConfigError("seed_everything", seed, "must lie in [0, 2**32)")
 
     def _parse_ckpt_path(self) -> None:
-        # The stock method merges a checkpoint's hyper-parameters over the command line, so a test
-        # with a larger memory would silently use the old one. What a checkpoint may not change is
-        # checked when it is loaded.
+        # Lightning's method lets a checkpoint's hyper-parameters override the command line, so a
+        # test with a larger memory would silently use the old size. Settings that must equal the
+        # checkpoint's are checked when it is loaded.
         if not self.config.get("subcommand"):
             return
         options = self.config[self.config.subcommand]
@@ -181,7 +181,7 @@ class MemoryCLI(LightningCLI):
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:
-        """Say what ended the run, and print the final table."""
+        """Print why the run ended, and the final table."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             print(end_line(self.trainer))
         if self.config.fit.final_report and not self.trainer.fast_dev_run:
@@ -189,13 +189,13 @@ class MemoryCLI(LightningCLI):
 
 
 def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> MemoryCLI:
-    """A training config, its model and data built but for the network, nothing run.
+    """Read a training config and build its model, without the network, and its data; run nothing.
 
-    The machine that reads it need not be one that can run it.
+    Another machine may be needed to run it.
 
     Args:
-        paths: one config, or several, of which a later one wins.
-        arguments: further ones of the command line, ``--key=value``.
+        paths: one config, or several; a key of a later one overrides.
+        arguments: further arguments of the command line, ``--key=value``.
     """
     here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
     args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
@@ -217,7 +217,7 @@ def _run_command() -> None:
 
 
 def main() -> None:
-    """Run the command line; whatever ends it, ends it with one line."""
+    """Run the command line; any error ends it with one line."""
     drop_unwanted_messages()
     take_debug_flag(sys.argv)
     run(_run_command)

@@ -21,13 +21,12 @@ METRICS = ("perplexity", "bits_per_byte", "accuracy")
 
 @contextmanager
 def memory_size(module: MemorizingLM, size: int) -> Iterator[None]:
-    """Give new banks another size; 0 switches the memory off."""
-    before = module.config.memory.size
-    module.config.memory.size = size
+    """Give new banks another number of slots; 0 switches the memory off."""
+    module.memory_size = size
     try:
         yield
     finally:
-        module.config.memory.size = before
+        module.memory_size = None
 
 
 @contextmanager
@@ -56,9 +55,7 @@ def evaluate(
 
     A split without documents, or limited to no batch, is left out.
     """
-    sizes = [module.config.memory.size] if module.config.memory_layers else [0]
-    if sizes[0]:
-        sizes.append(0)
+    sizes = [module.config.memory.size, 0] if module.memory_layers else [0]
     rows = []
     for split, run in (("validation", trainer.validate), ("test", trainer.test)):
         if not has_documents(datamodule, split):

@@ -1,13 +1,12 @@
-"""The LightningModule: reads a segment, takes its loss, commits it to the stage's bank.
+"""The LightningModule: reads a segment, computes its loss, commits it to the stage's bank.
 
 One batch is one segment of every row. The order within a step is fixed: the clearing callback
-empties the rows that begin a document, forward reads, readers observe, commit writes.
+empties the rows that begin a document, forward reads, observers look, commit writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,27 +19,26 @@ from torchmetrics import MetricCollection
 from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
-from ..model import ModelConfig, ModelOutput, Transformer
+from ..model import MemorizingNet, ModelConfig, ModelOutput, Transformer
 from .best_neighbour import best_neighbour
 from .callbacks import MemoryClearing, StalenessControl, StalenessLogging
-from .checkpoint.export import SETTINGS_KEY, TOKENIZER_KEY, pack_tokenizer
 from .checkpoint.folder import FOLDER_KEY
-from .checkpoint.optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
 from .checkpoint.optimizer_state import take_over
-from .checkpoint.resume import ARCHITECTURE_KEY, check_resumable, check_weights, restore_rank
+from .checkpoint.resume import check_resumable, check_weights, describe_model, restore_rank
 from .checkpoint.weights import weights_for
 from .metrics import language_model_metrics
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 from .sharded import gathered_gradients, shard
 
-Reader = Callable[[Batch, MemoryBank, ModelOutput], None]
+Look = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
 
 
 class MemorizingLM(LightningModule):
-    """Trains and tests a ``Transformer`` with one memory bank per stage.
+    """Trains and tests a network with one memory bank per stage.
 
-    Banks are plain attributes: as buffers, DDP would copy rank 0's to all ranks.
+    The network is a ``Transformer``; a subclass that overrides ``build_net`` trains another
+    ``MemorizingNet``. Banks are plain attributes: as buffers, DDP would copy rank 0's to all ranks.
 
     Args:
         optimizer: optimiser and schedule.
@@ -51,6 +49,9 @@ class MemorizingLM(LightningModule):
             given. Default: weights drawn by the seed.
         settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
     """
+
+    net: MemorizingNet
+    """Built by ``configure_model``."""
 
     def __init__(
         self,
@@ -69,60 +70,82 @@ class MemorizingLM(LightningModule):
         self._resume: dict[str, Any] | None = None
         self._has_weights = init_from is None
         self._accumulating = False
-        self.net: Transformer | None = None
+        self.memory_size: int | None = None
+        """Slots of banks to come; 0 switches the memory off, None is ``model.memory.size``."""
         self.banks: dict[str, MemoryBank] = {}
         """By stage (train, validate, test, predict): the memory of this rank's rows."""
-        self.readers: list[Reader] = []
+        self.observers: list[Look] = []
         self.train_metrics = language_model_metrics("train/")
         self.val_metrics = language_model_metrics("val/")
         self.test_metrics = language_model_metrics("test/")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Clear the memory, control and log staleness; what the trainer has, it keeps.
+        """Clear the memory, log staleness and, where ``model.memory`` asks for it, control it.
 
-        Every other callback is listed in the config, under ``trainer.callbacks``.
+        A callback of the trainer's replaces one of these. All others are listed in the config,
+        under ``trainer.callbacks``. They act first, so throughput counts what a refresh costs.
         """
         present: list[Callback] = getattr(self.trainer, "callbacks", [])
-        wanted = [MemoryClearing(), StalenessLogging(), StalenessControl()]
+        wanted: list[Callback] = [MemoryClearing(), StalenessLogging()]
+        memory = self.config.memory
+        if memory.refresh_every_n_steps or memory.drop_after_n_steps or memory.drop_below_cosine:
+            wanted.append(StalenessControl())
         return [new for new in wanted if not any(isinstance(old, type(new)) for old in present)]
 
     def setup(self, stage: str) -> None:
-        """Refuse to start where nobody clears the memory.
+        """Refuse to start without a callback that clears the memory.
 
         Raises:
-            UserError: where the clearing callback was removed.
+            UserError: if there is none.
         """
         self.banks.clear()
         callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
         if not any(isinstance(callback, MemoryClearing) for callback in callbacks):
             raise UserError(
-                "trainer.callbacks: no MemoryClearing among them, so a document would read its "
-                "neighbour's memory; let MemorizingLM.configure_callbacks return it"
+                "trainer.callbacks: MemoryClearing is missing, so a document would read the memory "
+                "of the one before it; let MemorizingLM.configure_callbacks return it"
             )
+
+    @property
+    def datamodule(self) -> Any:
+        """The trainer's data module, or None if it was given loaders."""
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the data, or None if it is not known."""
+        return getattr(self.datamodule, "text_tokenizer", None)
+
+    def build_net(self) -> MemorizingNet:
+        """The network that ``self.config`` describes."""
+        return Transformer(self.config)
+
+    @property
+    def memory_layers(self) -> list[int]:
+        """The layers that read a memory; [] if it is switched off."""
+        return [*self.net.readers()] if self.config.memory.size else []
 
     def configure_model(self) -> None:
         """Build the network once the vocabulary is known."""
-        if self.net is not None:
+        if hasattr(self, "net"):
             return
-        datamodule = getattr(self.trainer, "datamodule", None)
-        needed = getattr(datamodule, "vocab_size", None)
+        needed = getattr(self.datamodule, "vocab_size", None)
         if needed is not None:
             if self.config.vocab_size is None:
                 self.config.vocab_size = needed
             elif self.config.vocab_size < needed:
-                remedy = f"the tokenizer has {needed} tokens; leave it out or raise it"
+                remedy = f"must be at least {needed}, the size of the tokenizer, or left out"
                 raise ConfigError("model.vocab_size", self.config.vocab_size, remedy)
-        self.net = Transformer(self.config)
+        self.net = self.build_net()
         if not self.config.memory.size:
-            # Without a memory these take no part, and DDP waits for every gradient it expects.
+            # Without a memory these are not used, and DDP waits for every gradient it expects.
             for parameter in self.net.memory_parameters():
                 parameter.requires_grad_(False)
         if self.device_mesh is not None:
             shard(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimiser, its schedule stepped every optimiser step."""
-        assert self.net is not None
+        """One optimiser; its schedule advances with every optimiser step."""
         optimizer = make_optimizer(self.net, self.optimizer_config)
         schedule = make_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {
@@ -131,76 +154,74 @@ class MemorizingLM(LightningModule):
         }
 
     def _take_weights(self) -> None:
-        """Start with the weights of ``init_from``, unless a checkpoint was loaded."""
+        """Load the weights of ``init_from`` if no checkpoint was loaded."""
         if self._has_weights:
             return
-        assert self.net is not None
         assert self.init_from is not None
-        taken = weights_for(self.net, self.init_from, self._tokenizer)
+        taken = weights_for(self.net, self.init_from, self.tokenizer)
         named = {"state_dict": {f"net.{name}": tensor for name, tensor in taken.items()}}
         self.trainer.strategy.load_model_state_dict(named, strict=False)
         self._has_weights = True
 
-    # By the first of these hooks every strategy has loaded the checkpoint, if one was given.
+    # When the first of these hooks runs, every strategy has loaded the checkpoint, if any.
     on_validation_start = on_test_start = on_predict_start = _take_weights
 
     def on_train_start(self) -> None:
-        """Put back the memory of this rank's rows and its random states, when resuming."""
+        """When resuming, restore the memory of this rank's rows and its random states."""
         self._take_weights()
         if self._resume is None:
             return
-        assert self.net is not None
         trainer = self.trainer
-        place = (self._resume, trainer.global_rank, trainer.world_size, self.net)
-        self._resume = None
-        bank, self._accumulating = restore_rank(*place, self.device)
+        origin, self._resume = self._resume, None
+        bank, self._accumulating = restore_rank(
+            origin, trainer.global_rank, trainer.world_size, self.net, self.device
+        )
         if bank is not None:
             self.banks["train"] = bank
 
     def on_after_backward(self) -> None:
-        """Note that gradients wait for an optimiser step."""
+        """Note that there are gradients without an optimiser step."""
         self._accumulating = True
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Note that none do."""
+        """Note that there are none."""
         self._accumulating = False
 
     def accumulated_gradients(self) -> dict[str, Tensor]:
-        """What waits for an optimiser step, as ``gathered_gradients``; {} where nothing does."""
-        if not self._accumulating or self.net is None:
+        """Gradients that had no optimiser step yet, as ``gathered_gradients``; {} if none."""
+        if not self._accumulating:
             return {}
         return gathered_gradients(self.net, self.global_rank)
 
     def prepare_bank(self, stage: str, batch: Batch) -> MemoryBank:
-        """The stage's bank, made at its first batch, with this batch's new documents cleared.
+        """The stage's bank, made at its first batch; rows that begin a document are cleared.
 
         Raises:
-            UserError: where the batch has another number of rows than the one before.
+            UserError: if the number of rows changes between two batches.
         """
-        assert self.net is not None
+        rows = batch.input_ids.shape[0]
         if stage not in self.banks:
-            self.banks[stage] = self.net.new_memory(batch.input_ids.shape[0], self.device)
-        bank, rows = self.banks[stage], batch.input_ids.shape[0]
+            self.banks[stage] = self.net.new_memory(rows, self.device, self.memory_size)
+        bank = self.banks[stage]
         if bank.batch_size != rows:
             raise UserError(
-                f"{stage}: a batch of {rows} rows follows one of {bank.batch_size}, whose memory "
-                "it would need; let the loader give as many rows always, after a resume too"
+                f"{stage}: a batch of {rows} rows follows one of {bank.batch_size}, but each row "
+                "keeps its memory; the loader must always give the same number of rows"
             )
         bank.reset(batch.reset)
         return bank
 
     def read(self, stage: str, batch: Batch) -> tuple[ModelOutput, Tensor]:
-        """Forward with the stage's memory; changes nothing.
+        """Run the network on the stage's memory; changes nothing.
 
         Returns:
-            the output and the loss of every token (B, N) in fp32, 0 where padded.
+            the output, and the loss of every token (B, N) in fp32, 0 for padding.
         """
-        assert self.net is not None
         output: ModelOutput = self.net(batch.input_ids, self.banks[stage])
         return output, self.net.loss(output.logits, batch.targets, reduction="none")
 
     def commit(self, stage: str, batch: Batch, output: ModelOutput) -> None:
-        """Write the segment to the stage's memory, once, after the read."""
+        """Write the segment to the stage's memory: once, after the read."""
         bank = self.banks[stage]
         bank.commit(output.pairs, batch.mask, batch.input_ids, self.global_step)
 
@@ -211,13 +232,13 @@ class MemorizingLM(LightningModule):
         metrics.update(nll.detach(), correct, batch.mask, batch.num_bytes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One segment of every row.
+        """Read one segment of every row; the loss.
 
-        The loss is the sum over counted tokens divided by all token places, padding included: a
-        token weighs the same in every step, on every rank and under gradient accumulation.
+        The loss is the sum over counted tokens, divided by the number of all tokens with padding: a
+        token has the same weight in every step, on every rank and with gradient accumulation.
 
         Raises:
-            UserError: where the loss is not finite.
+            UserError: if the loss is not finite.
         """
         output, nll = self.read("train", batch)
         loss = nll.sum() / batch.targets.numel()
@@ -225,16 +246,16 @@ class MemorizingLM(LightningModule):
             raise UserError(
                 f"train/loss = {loss.item()} at step {self.global_step}: try a lower "
                 f"model.optimizer.lr (now {self.optimizer_config.lr}), a longer warm-up, or "
-                "trainer.gradient_clip_val=1; the last checkpoint is unharmed"
+                "trainer.gradient_clip_val=1; the last checkpoint is not affected"
             )
-        for reader in self.readers:
-            reader(batch, self.banks["train"], output)
+        for look in self.observers:
+            look(batch, self.banks["train"], output)
         self.commit("train", batch, output)
         self.log_training(batch, output, nll)
         return loss
 
     def log_training(self, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
-        """Log one step's metrics over all ranks, at the steps that the loggers will write."""
+        """Log one step's metrics over all ranks, every ``trainer.log_every_n_steps`` steps."""
         trainer: Any = self.trainer
         if (self.global_step + 1) % max(1, trainer.log_every_n_steps):
             return
@@ -276,30 +297,22 @@ class MemorizingLM(LightningModule):
             "best": best,
         }
 
-    @property
-    def _tokenizer(self) -> Any:
-        return getattr(getattr(self.trainer, "datamodule", None), "text_tokenizer", None)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the weights mean, so that the file suffices to use them."""
-        checkpoint[ARCHITECTURE_KEY] = self.config.architecture()
-        checkpoint[SETTINGS_KEY] = asdict(self.config)
-        checkpoint[OPTIMIZER_KEY] = asdict(self.optimizer_config)
-        if self._tokenizer is not None:
-            checkpoint[TOKENIZER_KEY] = pack_tokenizer(self._tokenizer)
+        """Add what the weights mean, so that the file alone is enough to use them."""
+        settings = (self.config, self.optimizer_config)
+        describe_model(checkpoint, self.net.architecture(), *settings, self.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what does not fit, and have the rest taken over under the settings of now.
+        """Refuse what does not fit; the rest is taken over with the current settings.
 
         Raises:
             UserError: naming every key that differs.
         """
-        check_weights(checkpoint, self.config, self._tokenizer)
+        check_weights(checkpoint, self.net.architecture(), self.tokenizer)
         self._has_weights = True
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
-        check_resumable(checkpoint, getattr(self.trainer, "datamodule", None))
+        check_resumable(checkpoint, self.datamodule)
         self._resume = checkpoint.get(FOLDER_KEY)
         if type(self).configure_optimizers is MemorizingLM.configure_optimizers:
-            assert self.net is not None
             take_over(checkpoint, self.net, self.optimizer_config, self.trainer.max_steps)

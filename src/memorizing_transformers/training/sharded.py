@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
-from ..model import Transformer
+from ..model import MemorizingNet
 from ..model.renamed import with_current_names
 from .checkpoint import folder as checkpoints
 
@@ -132,19 +132,19 @@ def _by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> d
     return {"state": values, "param_groups": groups}
 
 
-def shard(net: Transformer, mesh: DeviceMesh) -> None:
-    """Shard each layer, and what is left, over the ranks of the mesh."""
-    for layer in net.layers:
-        fully_shard(layer, mesh=mesh)
+def shard(net: MemorizingNet, mesh: DeviceMesh) -> None:
+    """Shard each block, and what is left, over the ranks of the mesh."""
+    for block in net.blocks():
+        fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 
-def is_sharded(net: Transformer) -> bool:
+def is_sharded(net: MemorizingNet) -> bool:
     """Whether a forward pass is a collective, for which all ranks must meet."""
     return any(isinstance(parameter, DTensor) for parameter in net.parameters())
 
 
-def gathered_gradients(net: Transformer, rank: int) -> dict[str, Tensor]:
+def gathered_gradients(net: MemorizingNet, rank: int) -> dict[str, Tensor]:
     """By parameter its gradient; if sharded, gathered on rank 0 alone (a collective)."""
     named = net.named_parameters()
     found = {name: whole(p.grad) for name, p in named if p.grad is not None}

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints hold every row's memory, and are whole or absent."""
+"""A Trainer whose checkpoints hold every row's memory, and are complete or absent."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Save(NamedTuple):
     """Batches taken before."""
     weights_only: bool
     asked: bool
-    """Whether a ``ModelCheckpoint`` asked for it, and removes it when it counts on it no more."""
+    """Whether a ``ModelCheckpoint`` asked for it, and may remove it later."""
 
 
 def _claimed(command: str) -> Callable[..., Any]:
-    """The trainer's method of that name, at work in folders of its own."""
+    """The trainer's method of that name, run while this process owns its folders."""
     method = getattr(Trainer, command)
 
     @functools.wraps(method)
@@ -62,7 +62,7 @@ def _claimed(command: str) -> Callable[..., Any]:
 
 
 class MemoryTrainer(Trainer):
-    """A Trainer that saves folders: its own part on rank 0, one part more from every rank.
+    """A Trainer that saves folders: the trainer's part from rank 0, one more part from every rank.
 
     Args:
         args: as for ``Trainer``.
@@ -99,11 +99,11 @@ class MemoryTrainer(Trainer):
         )
         self.signals = StopSignals()
         self.begun = False
-        """Whether the command at work has begun a batch: until then nothing is lost."""
+        """Whether the current command has begun a batch; before that nothing can be lost."""
         self.saved_step = -1
         """The step of the newest checkpoint of this process from which training can resume."""
         self._saves: dict[Path, Save] = {}
-        """What this process has saved, by path, oldest first; alike on all ranks."""
+        """What this process has saved, by path, oldest first; equal on all ranks."""
         self._number = 0
         self._run_name = self._lineage = ""
         self._written = 0
@@ -122,16 +122,16 @@ class MemoryTrainer(Trainer):
 
     @contextlib.contextmanager
     def claimed(self, command: str) -> Iterator[None]:
-        """Own the folders of a command and take signals; a start that failed leaves no folder.
+        """Own the folders of a command and handle signals; a failed start leaves no folder.
 
         Raises:
-            UserError: where another live run owns a folder.
-            Interrupted: where a signal came after the last step.
+            UserError: if another live run owns a folder.
+            Interrupted: if a signal came after the last step.
         """
         claim, self.begun = Claim(), False
         with self.signals.watching():
             try:
-                # Before other ranks are launched, so that a refusal leaves none behind.
+                # Before other ranks are launched, so that none remain after a refusal.
                 if self.is_global_zero and not self.fast_dev_run:  # type: ignore[attr-defined]
                     claim.number(self.loggers)
                     if command == "fit":
@@ -145,7 +145,7 @@ class MemoryTrainer(Trainer):
                 raise Interrupted(self.signals.received, line)
 
     def name_run(self, newest: int) -> None:
-        """Draw a name for this start of the run, alike on all ranks (a collective).
+        """Draw a name for this start of the run, equal on all ranks (a collective).
 
         Args:
             newest: when the newest checkpoint in the run's folders was written.
@@ -156,12 +156,12 @@ class MemoryTrainer(Trainer):
         if self.ckpt_path is not None and self.is_global_zero:
             resumed = Path(self.ckpt_path)
             self._lineage = checkpoints.read_manifest(resumed).get("run", self._run_name)
-            # What is written from here is newer than the steps that may be abandoned.
+            # Checkpoints written from here on must be newer than those of abandoned steps.
             near = [path for path in resumed.parent.iterdir() if checkpoints.is_complete(path)]
             self._written = max(newest, *map(checkpoints.written, near))
 
     def note_loops(self) -> None:
-        """Note where the loops are."""
+        """Keep the state of the loops."""
         self._loops = (self._batches, self.fit_loop.state_dict())
 
     @property
@@ -171,10 +171,10 @@ class MemoryTrainer(Trainer):
         return int(total.processed)
 
     def saved_now(self, weights_only: bool = False) -> Path | None:
-        """The newest checkpoint that holds the state as of now.
+        """The newest checkpoint that holds the current state.
 
         Args:
-            weights_only: one of the weights alone will do.
+            weights_only: also accept a checkpoint of the weights alone.
         """
         kept = kept_by(self)
         found = [
@@ -190,18 +190,18 @@ class MemoryTrainer(Trainer):
         return resumed if self.state.fn == "fit" else None
 
     def is_own(self, target: Path) -> bool:
-        """Whether a name is free, or that of a checkpoint of this run, of whichever start."""
+        """Whether a path is free or holds a checkpoint of this run, from any of its starts."""
         try:
             return checkpoints.read_manifest(target).get("run", self._lineage) == self._lineage
         except checkpoints.DamagedCheckpoint:
             return not (target / checkpoints.MANIFEST).exists()
 
     def _may_remove(self, path: Path) -> bool:
-        """Whether nobody needs a checkpoint: only training removes, and no other's is removed."""
+        """Whether a checkpoint may be removed: only in training, if no callback keeps it."""
         return self.state.fn == "fit" and str(path) not in kept_by(self)
 
     def _copy_part(self, bank: MemoryBank | None, keep: bool) -> RankPart:
-        """This rank's part as of now: the copy that waits to be written, if nothing has changed."""
+        """This rank's current part; if nothing has changed, the copy that waits to be written."""
         total: Any = self.fit_loop.epoch_loop.batch_progress.total
         random = bytes(torch.get_rng_state().numpy())
         moment = (self.global_step, total.started, self._batches, keep, random)
@@ -217,11 +217,12 @@ class MemoryTrainer(Trainer):
     def save_checkpoint(
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint folder; it is there on return.
+        """Write a checkpoint folder.
 
-        Every rank writes its part into a staging folder, and rank 0 gives the whole its name. Ranks
-        meet through files, so a rank that is alone gets an error and no hang. What a plain
-        ``ModelCheckpoint`` asks for is written in the background.
+        Every rank writes its part into a staging folder, and rank 0 then renames that folder. Ranks
+        wait for each other through files, so a rank that is left alone gets an error and does not
+        hang. A checkpoint that a plain ``ModelCheckpoint`` asks for is written in the background;
+        any other is complete on return.
 
         Args:
             filepath: the folder to write.
@@ -229,7 +230,7 @@ class MemoryTrainer(Trainer):
             storage_options: unused.
 
         Raises:
-            UserError: where it, or one before it, cannot be written.
+            UserError: if this checkpoint, or an earlier one, cannot be written.
         """
         target = Path(filepath)
         self._save(target, bool(weights_only))
@@ -237,11 +238,11 @@ class MemoryTrainer(Trainer):
             self.writer.wait()
 
     def save_end(self, target: Path) -> None:
-        """Write the checkpoint of the end of a run, in the background."""
+        """Write the checkpoint at the end of a run, in the background."""
         self._save(target, False)
 
     def _can_wait(self, target: Path) -> bool:
-        """Whether a ``ModelCheckpoint`` asks, and none does more with a checkpoint than save it."""
+        """Whether ``ModelCheckpoint`` asks for it, and nothing uses it as soon as it is saved."""
         rules = model_checkpoints(self)
         quiet = all(
             type(logger).after_save_checkpoint
@@ -252,7 +253,7 @@ class MemoryTrainer(Trainer):
         return quiet and all(plain) and str(target) in kept_by(self)
 
     def _save(self, target: Path, weights_only: bool) -> None:
-        """Copy the state and have it written, unless the same state has this name already."""
+        """Copy the state and have it written, unless this path already holds the same state."""
         save = Save(self._batches, weights_only, str(target) in kept_by(self))
         if self._saves.pop(target, None) == save:
             self._saves[target] = save
@@ -267,7 +268,7 @@ class MemoryTrainer(Trainer):
             "weights_only": weights_only,
             "run": self._lineage,
             "written": self._written,
-            **resume_facts(getattr(self, "datamodule", None)),
+            **resume_facts(module.datamodule),
         }
         part = self._copy_part(bank, keep)
         checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
@@ -309,6 +310,6 @@ class MemoryTrainer(Trainer):
                 checkpoints.remove(staging)
                 checkpoints.unreserve(target)
             raise UserError(
-                f"checkpoint {target}: could not be written ({reason}); earlier ones are unharmed, "
-                "resume with --ckpt_path last"
+                f"checkpoint {target}: could not be written ({reason}); earlier ones are "
+                "not affected; resume with --ckpt_path last"
             ) from error

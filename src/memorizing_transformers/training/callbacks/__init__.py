@@ -1,4 +1,4 @@
-"""What happens around a step: clearing, looking at the memory, acting on staleness, timing."""
+"""What happens around a step: clear and observe the memory, control staleness, measure time."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from ...data.batch import Batch
 class MemoryClearing(Callback):
     """Empties, before each step, the memory and XL cache of the rows whose reset mask is set.
 
-    Training keeps its bank from step to step and from epoch to epoch. Each run over an evaluation
-    split starts with a new bank and drops it at the end.
+    Training keeps its bank over steps and epochs. Each pass over an evaluation split starts with a
+    new bank and drops it at the end.
     """
 
     @staticmethod
@@ -64,25 +64,25 @@ class MemoryClearing(Callback):
         self._prepare(pl_module, "predict", batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with a new bank, also after a sanity check that was cut short."""
+        """Start with a new bank, also after an interrupted sanity check."""
         self._drop(pl_module, "validate")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the bank back."""
+        """Drop the bank."""
         self._drop(pl_module, "validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with a new bank."""
+        """Start with a new bank."""
         self._drop(pl_module, "test")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the bank back."""
+        """Drop the bank."""
         self._drop(pl_module, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with a new bank."""
+        """Start with a new bank."""
         self._drop(pl_module, "predict")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the bank back."""
+        """Drop the bank."""
         self._drop(pl_module, "predict")

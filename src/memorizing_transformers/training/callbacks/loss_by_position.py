@@ -1,4 +1,4 @@
-"""What the memory is worth: loss by position in the document, with the memory and without it."""
+"""The gain by the memory: loss by position in the document, with memory and with it off."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class PositionSums:
 
 
 def draw(sums: PositionSums, segment: int, size: int) -> Figure:
-    """Both curves; needs no display and leaves nothing open.
+    """Draw both curves; needs no display and leaves no figure open.
 
     Args:
-        sums: what was measured.
+        sums: the measured losses.
         segment: tokens of a segment, marked in the figure.
         size: slots of the memory, marked too.
     """
@@ -82,14 +82,14 @@ def draw(sums: PositionSums, segment: int, size: int) -> Figure:
 class LossByPosition(Callback):
     """Reads a sample of the validation split a second time, with the memory switched off.
 
-    The second reading has a bank of its own, which only holds XL caches, and draws no random
-    number: validation and training go on as if it had not been. Logs the gain as
-    ``memory/gain_bits_per_token`` to every logger and the figure ``memory/loss_by_position`` to
-    TensorBoard. The sample is some rows of the batch, each to its end as far as that is allowed.
+    The second reading has its own bank, which only holds XL caches, and draws no random number, so
+    it changes nothing in validation and training. Logs the gain as ``memory/gain_bits_per_token``
+    to every logger and the figure ``memory/loss_by_position`` to TensorBoard. The sample is some
+    rows of the batch, each read to its end as far as ``tokens`` allows.
 
     Args:
-        tokens: of the validation split to read twice at each validation, over all ranks; 0 for
-            none.
+        tokens: Tokens of the validation split, over all ranks, to read twice at each validation.
+            0 = none.
     """
 
     def __init__(self, tokens: int = 131072) -> None:
@@ -97,21 +97,19 @@ class LossByPosition(Callback):
         self._warn_once = WarnOnce("loss by position")
         self._active = False
         self._left = 0
-        """Token places of this rank still to be read twice."""
+        """Tokens, with padding, that this rank may still read twice."""
         self._rows = torch.zeros(0, dtype=torch.long)
         self._segment = 0
         self._bank: MemoryBank | None = None
         self._sums = PositionSums()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin anew."""
-        config = pl_module.config
+        """Reset the sums."""
         self._active = bool(
             self.tokens
             and trainer.loggers
             and not trainer.sanity_checking
-            and config.memory.size
-            and config.memory_layers
+            and pl_module.memory_layers
         )
         self._left = self.tokens // trainer.world_size
         self._bank, self._sums = None, PositionSums()
@@ -130,14 +128,13 @@ class LossByPosition(Callback):
             return
         rows, segment = batch.input_ids.shape
         if self._bank is None:
-            # As many rows as can be read to their end, since an XL cache must not miss a segment.
+            # Only rows that can be read to their end: an XL cache must not miss a segment.
             batches = min(trainer.num_val_batches[0], 2**40)
             count = min(rows, max(1, self._left // int(batches * segment)))
             device = batch.input_ids.device
             self._rows = torch.linspace(0, rows - 1, count, device=device).round().long()
             self._segment = segment
-            self._bank = pl_module.net.new_memory(count, device)
-            self._bank.memories.clear()
+            self._bank = pl_module.net.new_memory(count, device, size=0)
         part = Batch(*(tensor[self._rows] for tensor in batch))
         self._left -= part.input_ids.numel()
         self._bank.reset(part.reset)

@@ -1,4 +1,4 @@
-"""Looking between read and commit, while the slots still hold what was retrieved."""
+"""Callbacks that look between read and commit, while the slots still hold the retrieved pairs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ...model import ModelOutput
 
 
 def log_scalars(trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
-    """Give scalars to every logger, at a step of ours."""
+    """Give scalars to every logger, for the given step."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(scalars), step=step)
 
 
 def tensorboards(trainer: Trainer) -> list[Any]:
-    """The TensorBoard writers of this process: none but on rank 0, and none without a logger."""
+    """The TensorBoard writers of this process; only rank 0 with a TensorBoard logger has any."""
     if not trainer.is_global_zero:
         return []
     found = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -30,10 +30,10 @@ def tensorboards(trainer: Trainer) -> list[Any]:
 
 
 class WarnOnce:
-    """Runs what is drawn for people: what goes wrong in it becomes one warning.
+    """Calls functions that draw; all their errors together become one warning.
 
     Args:
-        what: what is missing when it fails, for the warning.
+        what: what cannot be drawn, for the warning.
     """
 
     def __init__(self, what: str) -> None:
@@ -41,7 +41,7 @@ class WarnOnce:
         self._warned = False
 
     def __call__(self, draw: Callable[[], None]) -> None:
-        """Call ``draw``; training goes on whatever happens."""
+        """Call ``draw``; an error does not stop training."""
         try:
             draw()
         except Exception as error:
@@ -54,7 +54,7 @@ class Observer(Callback):
     """Observes training steps between read and commit; without a logger it does nothing.
 
     Args:
-        every_n_steps: training steps between two observations; 0 for never.
+        every_n_steps: Training steps between two observations. 0 = never.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -68,13 +68,13 @@ class Observer(Callback):
         """Begin to observe."""
         self.trainer, self.module, self._step = trainer, pl_module, -1
         wanted = self.every_n_steps > 0 and trainer.loggers
-        if wanted and self._look not in self.module.readers:
-            self.module.readers.append(self._look)
+        if wanted and self._look not in self.module.observers:
+            self.module.observers.append(self._look)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop observing."""
-        if self._look in self.module.readers:
-            self.module.readers.remove(self._look)
+        if self._look in self.module.observers:
+            self.module.observers.remove(self._look)
 
     @torch.no_grad()
     def _look(self, batch: Batch, bank: MemoryBank, output: ModelOutput) -> None:

@@ -28,7 +28,7 @@ NEIGHBOURS = {
     "distance": pa.list_(pa.int64()),
     "weight": pa.list_(pa.float32()),
 }
-"""For each memory layer, as ``layer2_share`` and so on: fields of ``BestNeighbour``."""
+"""For each memory layer, as ``layer2_share`` etc.: fields of ``BestNeighbour``."""
 DOCUMENTS = {
     "document": pa.string(),
     "tokens": pa.int64(),
@@ -40,12 +40,12 @@ DOCUMENTS = {
 
 
 def part_of(path: Path, rank: int) -> Path:
-    """The file that a rank writes: rank r > 0 writes ``stem.rank-r.parquet`` beside rank 0's."""
+    """The file that a rank writes: rank r > 0 writes ``stem.rank-r.parquet`` next to rank 0's."""
     return path.with_suffix(f".rank-{rank}.parquet") if rank else path
 
 
 class PartFile:
-    """A Parquet file that has its name only once it is whole.
+    """A Parquet file that gets its name once it is complete.
 
     Args:
         path: the file; its folder is made.
@@ -70,13 +70,13 @@ class PartFile:
         self._draft.rename(self.path)
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Remove what was written."""
         self._writer.close()
         self._draft.unlink(missing_ok=True)
 
 
 class DocumentSums:
-    """What a document's tokens add up to."""
+    """Sums over the tokens of a document."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
@@ -105,16 +105,18 @@ class DocumentSums:
 
 
 class PredictionWriter(Callback):
-    """Writes one record a segment into one file and one record a document into another.
+    """Writes one record per segment into one file and one record per document into another.
 
     A segment's record holds its document, the offset of its first predicted token, and lists with
-    an entry for every predicted token: its id, its loss in nats, whether it was the most likely
-    one, and for each memory layer what the token before it, which predicts it, took most from
-    (``BestNeighbour``). Documents stay on one rank, so each has one record.
+    one entry per predicted token: its id, its loss in nats, whether it was the most likely token,
+    and for each memory layer the neighbour that contributed most to the token before it, which
+    predicts it (``BestNeighbour``). A document is on one rank, so it has one record.
+
+    ``train.py predict`` adds it without a config, since its files are all that prediction makes.
 
     Args:
-        path: the file of segments; that of documents is ``documents.parquet`` beside it. Each rank
-            writes its own part of both.
+        path: the file of segments; the file of documents is ``documents.parquet`` next to it. Each
+            rank writes its own part of both.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,8 +127,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the file of segments."""
-        config = pl_module.config
-        self._layers = list(config.memory_layers) if config.memory.size else []
+        self._layers = pl_module.memory_layers
         self._documents = {}
         columns = {
             f"layer{layer}_{name}": kind
@@ -144,7 +145,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append a batch's rows, without padding and idle rows."""
+        """Append the rows of a batch, without padding and without idle rows."""
         lists: dict[str, Tensor] = {
             "token": outputs["target"],
             "loss": outputs["loss"],
@@ -154,7 +155,7 @@ class PredictionWriter(Callback):
             best = outputs["best"][layer]
             lists |= {f"layer{layer}_{name}": getattr(best, name) for name in NEIGHBOURS}
         lists = {name: tensor.cpu() for name, tensor in lists.items()}
-        names = self._names(trainer)
+        names = self._names(pl_module)
         records = []
         for row, document in enumerate(outputs["document"].tolist()):
             counted = lists["token"][row] != IGNORE_INDEX
@@ -179,7 +180,7 @@ class PredictionWriter(Callback):
         self._file = None
         shares = {f"layer{layer}_share": pa.float64() for layer in self._layers}
         path = part_of(self.path.with_name("documents.parquet"), trainer.global_rank)
-        documents, names = PartFile(path, {**DOCUMENTS, **shares}), self._names(trainer)
+        documents, names = PartFile(path, {**DOCUMENTS, **shares}), self._names(pl_module)
         documents.write(
             [{"document": names[i], **sums.record()} for i, sums in self._documents.items()]
         )
@@ -189,13 +190,13 @@ class PredictionWriter(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no half of a file behind."""
+        """Remove an incomplete file."""
         if self._file is not None:
             self._file.discard()
             self._file = None
 
     @staticmethod
-    def _names(trainer: Trainer) -> list[str]:
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        names: list[str] = getattr(datamodule, f"{datamodule.predict_split}_store").names
+    def _names(module: Any) -> list[str]:
+        data = module.datamodule
+        names: list[str] = getattr(data, f"{data.predict_split}_store").names
         return names

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line now and then."""
+"""Progress without a terminal: one line from time to time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FIGURES = (
     ("val/perplexity", "validation perplexity {:.2f}"),
     ("throughput/tokens_per_second", "{:,.0f} tokens/s"),
 )
-"""What of the logged values a line shows, and how."""
+"""The logged values that a line shows, and their form."""
 
 
 def planned_steps(trainer: Any) -> float:
-    """Optimiser steps of a complete run; infinite where nothing bounds them."""
+    """Optimiser steps of a complete run; infinite if nothing bounds them."""
     epochs = math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         batches = trainer.num_training_batches
@@ -31,14 +31,15 @@ def planned_steps(trainer: Any) -> float:
 
 
 class ProgressLines(ProgressBar):
-    """Prints how far a run is, in plain lines: the first step, then one line every so often.
+    """Prints the progress of a run in plain lines: the first step, then one line at intervals.
 
-    Takes the place of Lightning's progress bar where standard output is not a terminal. It shows
-    values that were logged anyway, so a line costs next to nothing.
+    ``train.py`` adds it without a config where standard output is not a terminal, in place of
+    Lightning's progress bar. It shows values that are logged anyway, so a line costs next to
+    nothing. List it in the config to set its argument.
 
     Args:
-        every_n_seconds: least time between two lines about training, and between two about one
-            evaluation.
+        every_n_seconds: Least number of seconds between two lines about training, and between two
+            lines about one evaluation.
     """
 
     def __init__(self, every_n_seconds: float = SECONDS) -> None:
@@ -49,7 +50,7 @@ class ProgressLines(ProgressBar):
         self._enabled = True
         self._steps = self._results = self._batches = Pace(every_n_seconds)
         self._began = (0, 0.0)
-        """Step and time at the start of this process's training."""
+        """Step and time at which training began in this process."""
         self._batches_began = 0.0
 
     def disable(self) -> None:
@@ -78,14 +79,14 @@ class ProgressLines(ProgressBar):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say the step, if a line is due."""
+        """Print the step, if a line is due."""
         if self._enabled and self._steps.due():
             step, end = trainer.global_step, planned_steps(trainer)
             of = f"/{end:,.0f}" if math.isfinite(end) else ""
             self._say(f"step {step:,}{of}", *self._figures(trainer), self._left(trainer, end))
 
     def _left(self, trainer: Any, end: float) -> str:
-        """How long the rest takes at the pace so far."""
+        """The remaining time at the average speed so far."""
         step, began = self._began
         done = trainer.global_step - step
         timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
@@ -123,24 +124,24 @@ class ProgressLines(ProgressBar):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Say the batch, if a line is due."""
+        """Print the batch, if a line is due."""
         if not trainer.sanity_checking:
             self._say_batches("validation", batch_idx + 1, trainer.num_val_batches[0])
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Say the batch, if a line is due."""
+        """Print the batch, if a line is due."""
         self._say_batches("test", batch_idx + 1, trainer.num_test_batches[0])
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Say the batch, if a line is due."""
+        """Print the batch, if a line is due."""
         self._say_batches("predict", batch_idx + 1, trainer.num_predict_batches[0])
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say what a validation within training has found, if a line is due."""
+        """Print the result of a validation within training, if a line is due."""
         found = trainer.callback_metrics.get("val/perplexity")
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not fitting or found is None or not self._enabled:

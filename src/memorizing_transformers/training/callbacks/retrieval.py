@@ -1,4 +1,4 @@
-"""What the heads retrieve: how much of their output, how old, and how many of the true neighbours.
+"""What the heads retrieve: its share of the output, its age, and the recall of the search.
 
 Shapes: B rows, H query heads, G key/value heads, N segment, K neighbours.
 """
@@ -14,23 +14,23 @@ from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank, Neighbours
 from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
-from ...model import ModelOutput, Retrieval, Transformer
+from ...model import MemorizingNet, ModelOutput, Retrieval
 from ..sharded import whole
 from .observer import Observer, WarnOnce, log_scalars, tensorboards
 
 RECALL_QUERIES = 16
 """Queries of each row and key/value head whose recall is measured."""
 HISTOGRAM_PAIRS = 65536
-"""About as many retrieved pairs make a histogram of ages."""
+"""Approximate number of retrieved pairs in a histogram of ages."""
 
 
 def retrieved_ages(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Tensor, Tensor]:
-    """Ages of retrieved pairs, in training steps and in tokens, each neighbour alike.
+    """Ages of retrieved pairs, in training steps and in tokens; every neighbour has equal weight.
 
-    Must run before the segment is committed, while the slots still hold what was retrieved.
+    Must run before the segment is committed, while the slots still hold the retrieved pairs.
 
     Returns:
-        two vectors, an entry for every neighbour that was found.
+        two vectors with one entry for each neighbour that was found.
     """
     row = torch.arange(retrieval.slots.shape[0], device=retrieval.slots.device)
     row = row[:, None, None, None].expand_as(retrieval.slots)[retrieval.valid]
@@ -38,15 +38,15 @@ def retrieved_ages(memory: Memory, retrieval: Retrieval, step: int) -> tuple[Ten
     return step - in_fp64(memory.steps[row, slots]), in_fp64(memory.age()[row, slots]) + 1
 
 
-def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) -> float:
-    """Share of the true neighbours among what was retrieved, over a sample of queries.
+def retrieval_recall(memory: Memory, retrieval: Retrieval) -> float:
+    """Share of the true neighbours that was retrieved, over a sample of queries.
 
-    Only the exact search runs: what was found is at hand, and a search with an index may learn
-    from every question that it is asked.
+    Only the exact search runs: the other search has already run for this segment, and one with an
+    index may change its index with every query.
     """
     top_k = retrieval.searched.shape[-1]
     asked, slots, valid = (
-        x.reshape(x.shape[0], num_kv_heads, -1, x.shape[-1])
+        x.reshape(x.shape[0], memory.keys.shape[1], -1, x.shape[-1])
         for x in (retrieval.queries, retrieval.searched, retrieval.searched_valid)
     )
     count = asked.shape[2]
@@ -55,10 +55,10 @@ def retrieval_recall(memory: Memory, retrieval: Retrieval, num_kv_heads: int) ->
     return measured_recall(lambda *_: found, asked[:, :, chosen], memory, top_k)
 
 
-def learned_gates(net: Transformer) -> dict[int, Tensor]:
-    """By memory layer the share of the memory in each head (H,), where it is a learned number.
+def learned_gates(net: MemorizingNet) -> dict[int, Tensor]:
+    """By memory layer the share of the memory in each head (H,), if it is a learned number.
 
-    A collective where weights are sharded.
+    A collective if weights are sharded.
     """
     shares = {layer: reader.gate.learned() for layer, reader in net.readers().items()}
     return {layer: whole(share) for layer, share in shares.items() if share is not None}
@@ -68,7 +68,7 @@ class RetrievalLogging(Observer):
     """Logs ``memory/*``: fill, share of the output, gates, ages, recall of approximate searches.
 
     Args:
-        every_n_steps: training steps between two measurements; 0 for never.
+        every_n_steps: Training steps between two measurements. 0 = never.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -76,8 +76,8 @@ class RetrievalLogging(Observer):
 
     def observe(self, batch: Batch, bank: MemoryBank, output: ModelOutput, step: int) -> None:
         """Log the scalars of this step."""
-        config, scalars = self.module.config, {}
-        readers = self.module.net.readers()
+        scalars, readers = {}, self.module.net.readers()
+        search = self.module.config.memory.search
         for layer, retrieval in output.retrievals.items():
             memory, name = bank.memories[layer], f"layer{layer}"
             scalars[f"memory/fill/{name}"] = (memory.fill / memory.size).mean().item()
@@ -90,9 +90,8 @@ class RetrievalLogging(Observer):
             steps, tokens = retrieved_ages(memory, retrieval, step)
             scalars[f"memory/retrieved_age_steps/{name}"] = steps.mean().item()
             scalars[f"memory/retrieved_age_tokens/{name}"] = tokens.mean().item()
-            if is_approximate(config.memory.search, readers[layer].search):
-                recall = retrieval_recall(memory, retrieval, config.kv_heads)
-                scalars[f"memory/recall/{name}"] = recall
+            if is_approximate(search, readers[layer].search):
+                scalars[f"memory/recall/{name}"] = retrieval_recall(memory, retrieval)
         if output.retrievals:
             for layer, gates in learned_gates(self.module.net).items():
                 for head, gate in enumerate(gates.tolist()):
@@ -105,7 +104,7 @@ class RetrievalHistograms(Observer):
     """Draws histograms for TensorBoard: gates or shares, ages of retrieved pairs.
 
     Args:
-        every_n_steps: training steps between two histograms; 0 for never.
+        every_n_steps: Training steps between two histograms. 0 = never.
     """
 
     def __init__(self, every_n_steps: int = 500) -> None:
@@ -137,7 +136,7 @@ class RetrievalHistograms(Observer):
             if layer not in gates:
                 values[f"memory/share_histogram/{name}"] = retrieval.share.flatten()
             rows, heads, tokens, top_k = retrieval.slots.shape
-            # Whole tokens: a stride over the neighbours would favour some ranks over others.
+            # All neighbours of a token: a stride over them would favour some ranks over others.
             count = min(tokens, max(1, HISTOGRAM_PAIRS // (rows * heads * top_k)))
             chosen = torch.linspace(0, tokens - 1, count, device=retrieval.slots.device).long()
             sample = retrieval._replace(

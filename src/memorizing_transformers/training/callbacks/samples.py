@@ -1,4 +1,4 @@
-"""Sample retrievals as text: what a head read, and what of the document it found for it."""
+"""Sample retrievals as text: a token that a head read, and what the head retrieved for it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def visible(text: str) -> str:
-    """The text on one line, with an escape for whatever does not print (controls, line ends, marks
-    of direction), so that it can neither leave its line nor reorder it."""
+    """The text on one line, with escapes for characters that do not print (controls, line ends,
+    direction marks), so that it can neither leave its line nor reorder it."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
         for c in text
@@ -32,18 +32,18 @@ def visible(text: str) -> str:
 
 
 def marked(decode: Decode, before: Sequence[int], token: int, after: Sequence[int]) -> str:
-    """A token between brackets in its context, on one line."""
+    """A token in brackets within its context, on one line."""
     parts = (decode(before), decode([token]), decode(after))
     return "{}⟦{}⟧{}".format(*map(visible, parts))
 
 
 def stored_context(memory: Memory, row: int, position: int) -> tuple[list[int], int, list[int]]:
-    """A stored token and its neighbours in the document, as far as the ring holds them.
+    """A stored token and the tokens next to it in the document, as far as the ring holds them.
 
     Args:
         memory: the layer's memory.
-        row: whose document.
-        position: of the token, in tokens since the row's document began.
+        row: the row.
+        position: number of the token in the row's document, from 0.
     """
     written, fill = int(memory.written[row]), int(memory.fill[row])
     first, last = max(written - fill, position - CONTEXT), min(written - 1, position + CONTEXT)
@@ -56,18 +56,18 @@ def stored_context(memory: Memory, row: int, position: int) -> tuple[list[int], 
 def describe(
     memory: Memory, retrieval: Retrieval, tokens: Sequence[int], row: int, decode: Decode
 ) -> str:
-    """For each head, the token of a row to which one retrieved pair mattered most, and what was
-    retrieved for it.
+    """For each head, the token of a row with the largest contribution of one retrieved pair, and
+    what was retrieved for it.
 
     Args:
         memory: the layer's memory, before the segment is committed.
         retrieval: what the layer retrieved for the segment.
         tokens: the row's segment, without padding.
-        row: which one.
-        decode: from token ids to text.
+        row: the row.
+        decode: turns token ids into text.
 
     Returns:
-        Markdown: one block of code, in which nothing is interpreted.
+        Markdown: one code block, so that nothing in it is interpreted.
     """
     start, valid = int(memory.written[row]), retrieval.valid[row, :, : len(tokens)]
     weights = retrieval.weights[row, :, : len(tokens)].masked_fill(~valid, 0.0)
@@ -97,7 +97,7 @@ class RetrievalSamples(Observer):
     """Writes sample retrievals of the fullest row to TensorBoard's text page.
 
     Args:
-        every_n_steps: training steps between two samples; 0 for never.
+        every_n_steps: Training steps between two samples. 0 = never.
     """
 
     def __init__(self, every_n_steps: int = 500) -> None:
@@ -111,8 +111,7 @@ class RetrievalSamples(Observer):
             self._warn_once(lambda: self._write(writers, batch, bank, output, step))
 
     def _decoder(self) -> Decode:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "text_tokenizer", None)
+        tokenizer = self.module.tokenizer
         if tokenizer is None:
             return lambda ids: " ".join(map(str, ids))
         return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)

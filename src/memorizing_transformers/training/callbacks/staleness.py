@@ -7,16 +7,17 @@ from torch import Tensor
 
 from ...data.batch import Batch, in_fp64
 from ...memory import Memory, MemoryBank
-from ...model import ModelOutput, Transformer
+from ...model import MemorizingNet, ModelOutput
 from ..sharded import is_sharded
 from .observer import Observer, log_scalars
+from .staleness_control import evaluating
 
 
 def sample_window(memory: Memory, segment: int) -> tuple[int, Tensor] | None:
-    """The oldest whole segment of the fullest row: its row and its slots, in reading order.
+    """The oldest complete segment of the fullest row: its row and its slots, in reading order.
 
-    The window begins at a multiple of ``segment`` in its document, as it did when it was read, and
-    leaves room for a segment before it to serve as XL cache.
+    The window begins at a multiple of ``segment`` in its document, as when it was read. The memory
+    also holds the segment before it, to fill the XL cache.
     """
     row = int(memory.fill.argmax())
     written, fill = int(memory.written[row]), int(memory.fill[row])
@@ -30,24 +31,25 @@ def sample_window(memory: Memory, segment: int) -> tuple[int, Tensor] | None:
 
 
 @torch.no_grad()
-def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
-    """Compare a sample of stored keys with what today's weights write for the same tokens.
+def key_drift(net: MemorizingNet, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
+    """Compare a sample of stored keys with the keys of the current weights for the same tokens.
 
-    The window is read again behind the segment before it, without memory; so the figure holds the
-    weights' change, and with an XL cache or several memory layers also what reached further back.
+    The window is read again after the segment before it, without memory. So the result measures the
+    change of the weights, and with an XL cache or several memory layers also the missing context.
+    ``memory.refresh.oldest_drift`` differs: it measures every row, in the first memory layer, and
+    fills the complete XL cache.
 
     Returns:
-        mean cosine, mean ratio of norms (stored over new) and the sample's mean step; {} while the
-        memory holds less than two segments.
+        mean cosine, mean ratio of norms (stored / new) and the sample's mean step; {} while no row
+        holds such a window.
     """
     memory = bank.memories[layer]
     window = sample_window(memory, segment)
     if window is None:
         return {}
     row, slots = window
-    tokens, home = memory.token_ids[row].long(), net.embedding.weight.device
-    fresh = net.new_memory(1)
-    fresh.memories.clear()
+    tokens, home = memory.token_ids[row].long(), next(net.parameters()).device
+    fresh = net.new_memory(1, size=0)
     if int(memory.positions[row, slots[0]]) > 0 and fresh.caches:
         before = tokens[(slots - segment) % memory.size][None].to(home)
         fresh.commit(net(before, fresh).pairs)
@@ -63,10 +65,12 @@ def key_drift(net: Transformer, bank: MemoryBank, layer: int, segment: int) -> d
 
 
 class StalenessLogging(Observer):
-    """Logs ``staleness/*`` and the age of what is stored.
+    """Logs ``staleness/*`` and the age of the stored pairs.
+
+    The module adds it; list it in the config to set its argument.
 
     Args:
-        every_n_steps: training steps between two measurements; 0 for never.
+        every_n_steps: Training steps between two measurements. 0 = never.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -92,12 +96,7 @@ class StalenessLogging(Observer):
 
     def _drift(self, bank: MemoryBank, layer: int, segment: int) -> dict[str, float]:
         net = self.module.net
-        if is_sharded(net):  # the ranks' memories differ, and they would not meet in its forward
+        if is_sharded(net):  # a forward pass needs all ranks, and not all may have a window
             return {}
-        modes = [(module, module.training) for module in net.modules()]
-        net.eval()
-        try:
+        with evaluating(net):
             return key_drift(net, bank, layer, segment)
-        finally:
-            for module, mode in modes:
-                module.training = mode

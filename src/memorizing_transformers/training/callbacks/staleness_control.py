@@ -1,4 +1,4 @@
-"""Keeping what training retrieves from growing too stale: refreshed or dropped, as configured."""
+"""Keep the training memory fresh: encode stored pairs again, or drop them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..sharded import is_sharded
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, every part is in evaluation mode; afterwards each is as it was."""
+    """Set every part to evaluation mode, and afterwards to the mode that it had."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -28,24 +28,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class StalenessControl(Callback):
-    """Refreshes or drops stale pairs of the training bank, as ``model.memory`` says.
+    """Refreshes or drops stale pairs of the training bank, as the keys of ``model.memory`` say.
 
-    Acts before the first batch of an optimiser step, after new documents were cleared, and by the
-    number of the step alone, so that a resumed run does what the unbroken one did. Evaluation has
-    its own banks and constant weights: nothing in them is stale, and nothing is done to them.
+    The module adds it if one of these keys is set. It acts before the first batch of an optimiser
+    step, after the rows of new documents were cleared. Only the number of the step decides when, so
+    that a resumed run does the same as an uninterrupted one. Evaluation has its own banks and
+    constant weights, so nothing in them is stale.
 
     Args:
-        check_every_n_steps: training steps between two checks of ``drop_below_cosine``.
+        check_every_n_steps: Training steps between two checks of ``drop_below_cosine``.
     """
 
     def __init__(self, check_every_n_steps: int = 8) -> None:
         self.check_every_n_steps = check_every_n_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what sharded weights cannot do.
+        """Refuse keys that do not work with sharded weights.
 
         Raises:
-            ConfigError: encoding is a collective there, and ranks store as much as their documents.
+            ConfigError: encoding is a collective there, but ranks hold different numbers of pairs.
         """
         module: Any = pl_module
         for key in ("refresh_every_n_steps", "drop_below_cosine"):

@@ -16,9 +16,9 @@ class Throughput(Callback):
 
     Attributes:
         tokens: tokens that all ranks have trained on in this run, exact at every measurement and at
-            the end. In between this rank's own stand for those of the others, and in a
-            checkpoint too: to ask them, all would have to meet.
-        seconds: the time it took.
+            the end. In between, and in a checkpoint, the number is an estimate from this rank's own
+            tokens, since the exact one needs a collective.
+        seconds: duration of the training batches.
     """
 
     def __init__(self) -> None:
@@ -31,16 +31,16 @@ class Throughput(Callback):
         self._began = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from."""
+        """The counts at which a resumed run continues."""
         return {"tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue at saved counts."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
         self._window, self._own = (self.tokens, self.seconds), 0
 
     def _meet(self, trainer: Any) -> None:
-        """Count what the ranks have read since the last measurement (a collective)."""
+        """Count the tokens of all ranks since the last measurement (a collective)."""
         if trainer.world_size > 1:
             own = torch.tensor(self._own, device=trainer.strategy.root_device)
             everybody = int(trainer.strategy.reduce(own, reduce_op="sum"))
@@ -61,7 +61,7 @@ class Throughput(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Stop the clock; measure anew every ``trainer.log_every_n_steps`` batches."""
+        """Stop the clock; measure again every ``trainer.log_every_n_steps`` batches."""
         self.seconds += time.perf_counter() - self._began
         counted = int(batch.mask.sum())
         self._own += counted
@@ -73,7 +73,7 @@ class Throughput(Callback):
             self._speed = (self.tokens - tokens) / (self.seconds - seconds)
             self._window = (self.tokens, self.seconds)
         if self._speed is not None:
-            # At every batch: the loggers keep their own count, which goes on over an epoch's end.
+            # Log at every batch: the loggers count batches themselves, over the end of an epoch.
             pl_module.log("throughput/tokens_per_second", self._speed, prog_bar=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

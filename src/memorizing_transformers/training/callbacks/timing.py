@@ -1,4 +1,4 @@
-"""Where a step's time goes: search, model, data."""
+"""The time of a step: search, model, data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .observer import log_scalars
 
 
 def wait_for(device: torch.device) -> None:
-    """Let a GPU finish what it was given."""
+    """Wait until a GPU has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class TimedSearch:
-    """A search that adds up the seconds it takes.
+    """A search that sums the seconds it takes.
 
     Args:
         search: the search itself.
@@ -33,7 +33,7 @@ class TimedSearch:
 
     @property
     def choice(self) -> Any:
-        """What an automatic choice chose; None for other searches."""
+        """What an automatic search chose; None for other searches."""
         return getattr(self.search, "choice", None)
 
     def __call__(self, queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
@@ -46,14 +46,14 @@ class TimedSearch:
 
 
 class StepTiming(Callback):
-    """Logs ``time/*``, in milliseconds a batch: search, model (all else that the step computes, the
-    optimiser included) and data (making the batch, where the loader counts it).
+    """Logs ``time/*``, in milliseconds per batch: search, model (everything else in the step, with
+    the optimiser) and data (making the batch, if the loader counts it).
 
-    A GPU is waited for in measured steps only. These follow the steps that other callbacks observe,
-    so that what they cost is not counted as the model's.
+    Only measured steps wait for a GPU. They come one step after the steps that other callbacks
+    observe, so that the time of these callbacks is not counted as the model's.
 
     Args:
-        every_n_steps: training steps between two measurements; 0 for never.
+        every_n_steps: Training steps between two measurements. 0 = never.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -63,7 +63,7 @@ class StepTiming(Callback):
         self._measuring = False
         self._began = 0.0
         self._waited = 0.0
-        """Seconds that the loader had spent at the last batch."""
+        """Seconds that the loader had spent until the last batch."""
         self._data = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -97,7 +97,7 @@ class StepTiming(Callback):
         total = time.perf_counter() - self._began
         search = sum(timed.seconds for timed in self._searches.values())
         scalars = {"time/model_ms": 1000 * (total - search)}
-        if self._searches and pl_module.config.memory.size:
+        if pl_module.memory_layers:
             scalars["time/search_ms"] = 1000 * search
         if hasattr(trainer.train_dataloader, "seconds"):
             scalars["time/data_ms"] = 1000 * self._data
@@ -105,7 +105,7 @@ class StepTiming(Callback):
         log_scalars(trainer, scalars, self._step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the searches as they were."""
+        """Put the searches back."""
         self._restore(pl_module)
 
     def _restore(self, module: Any) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from ...errors import ConfigError, UserError
-from ...model import Transformer
+from ...model import MemorizingNet
 from ...model.renamed import current_name
 from ..optimizers import (
     OptimizerConfig,
@@ -79,7 +79,7 @@ def _trained_names(
 
 
 def take_over(
-    checkpoint: dict[str, Any], net: Transformer, config: OptimizerConfig, max_steps: int
+    checkpoint: dict[str, Any], net: MemorizingNet, config: OptimizerConfig, max_steps: int
 ) -> None:
     """Rewrite the optimiser's and the schedule's state so that this run's can load it, in place.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ...errors import UserError
 from ...memory import MemoryBank
-from ...model import ModelConfig, Transformer
+from ...model import MemorizingNet, ModelConfig
+from ..optimizers import OptimizerConfig
 from ..sharded import is_sharded, like
 from . import folder as checkpoints
-from .export import TOKENIZER_KEY, is_packed
+from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .folder import FOLDER_KEY, DamagedCheckpoint, explain_damage
+from .optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
 from .rank_state import load_gradients, load_random_state, load_rows, rows_of
 
 ARCHITECTURE_KEY = "architecture"
@@ -41,22 +44,46 @@ def resume_facts(datamodule: Any) -> dict[str, Any]:
     }
 
 
-def check_weights(checkpoint: dict[str, Any], config: ModelConfig, tokenizer: Any) -> None:
+def describe_model(
+    checkpoint: dict[str, Any],
+    architecture: dict[str, Any],
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    tokenizer: Any,
+) -> None:
+    """Add to a checkpoint what is needed to use its weights again.
+
+    Args:
+        checkpoint: changed in place.
+        architecture: that of the network.
+        config: the model.
+        optimizer: the optimiser and its schedule.
+        tokenizer: that of the data, or None if it is not known.
+    """
+    checkpoint[ARCHITECTURE_KEY] = architecture
+    checkpoint[SETTINGS_KEY] = asdict(config)
+    checkpoint[OPTIMIZER_KEY] = asdict(optimizer)
+    if tokenizer is not None:
+        checkpoint[TOKENIZER_KEY] = pack_tokenizer(tokenizer)
+
+
+def check_weights(checkpoint: dict[str, Any], ours: dict[str, Any], tokenizer: Any) -> None:
     """Refuse the weights of another architecture, or for other token ids.
 
     Args:
         checkpoint: as loaded.
-        config: the model.
+        ours: the architecture of the network.
         tokenizer: that of the data, or None where it is not known.
 
     Raises:
         UserError: naming every key that differs.
     """
-    saved, ours = checkpoint.get(ARCHITECTURE_KEY), config.architecture()
+    saved = checkpoint.get(ARCHITECTURE_KEY)
     if saved is None:
         raise UserError("ckpt_path: not a checkpoint of this project, no architecture in it")
-    # What an earlier version did not know, it did as the default does.
-    saved = {**ModelConfig().architecture(), **saved}
+    # A checkpoint of an earlier version lacks later settings; it did what their defaults do.
+    defaults = {key: value for key, value in ModelConfig().architecture().items() if key in ours}
+    saved = {**defaults, **saved}
     differing = [
         f"model.{key} = {ours.get(key)} (checkpoint: {saved.get(key)})"
         for key in sorted(set(saved) | set(ours))
@@ -106,7 +133,7 @@ def restore_rank(
     origin: dict[str, Any],
     rank: int,
     world_size: int,
-    net: Transformer,
+    net: MemorizingNet,
     device: torch.device | str | None = None,
 ) -> tuple[MemoryBank | None, bool]:
     """Put back what a rank owns: the memory of its rows, its gradients, its random states.
@@ -192,7 +219,7 @@ def restore_rows(
 
 
 def restore_gradients(
-    folder: Path, manifest: dict[str, Any], rank: int, world_size: int, net: Transformer
+    folder: Path, manifest: dict[str, Any], rank: int, world_size: int, net: MemorizingNet
 ) -> bool:
     """Put back what was accumulated towards the next optimiser step.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...data.sources.documents import first_line
 from ...data.tokens.tokenizers import fingerprint_tokenizer, load_tokenizer
 from ...errors import ConfigError
-from ...model import ModelConfig, Transformer
+from ...model import MemorizingNet, ModelConfig
 from ...model.renamed import with_current_names
 from ...pretrained.hub import TOKENIZER_FOLDER
 from . import folder as checkpoints
@@ -100,7 +100,7 @@ def _refuse(folder: str, differing: list[str]) -> None:
         raise ConfigError(KEY, folder, remedy)
 
 
-def weights_for(net: Transformer, folder: str, tokenizer: Any = None) -> dict[str, Tensor]:
+def weights_for(net: MemorizingNet, folder: str, tokenizer: Any = None) -> dict[str, Tensor]:
     """The weights of a finished model that a network can start with; says what they leave open.
 
     The memory may differ in every setting. Its parameters are taken over where the model was
@@ -119,13 +119,13 @@ def weights_for(net: Transformer, folder: str, tokenizer: Any = None) -> dict[st
         ConfigError: naming the settings that differ, or because the token ids mean other text.
     """
     weights = read_weights(folder)
-    saved, ours = weights.config.architecture(), net.config.architecture()
+    saved, ours = weights.config.architecture(), net.architecture()
     _refuse(
         folder,
         [
-            f"model.{key} = {ours[key]!r} (there: {saved[key]!r})"
+            f"model.{key} = {ours[key]!r} (there: {saved.get(key)!r})"
             for key in ours
-            if not key.startswith("memory.") and saved[key] != ours[key]
+            if not key.startswith("memory.") and saved.get(key) != ours[key]
         ],
     )
     known = weights.tokenizer is not None and tokenizer is not None
@@ -145,7 +145,7 @@ def weights_for(net: Transformer, folder: str, tokenizer: Any = None) -> dict[st
     lacking = [name for name in own if name not in given and name not in replaced]
     if lacking:
         raise ConfigError(KEY, folder, f"lacks weights of this model: {_some(lacking)}")
-    if all(saved[key] == ours[key] for key in OF_MEMORY):
+    if all(saved.get(key) == ours.get(key) for key in OF_MEMORY):
         replaced -= given.keys()
     taken = {name: given[name] for name in own if name in given and name not in replaced}
     _refuse(
