@@ -150,7 +150,6 @@ class MemoryLayerAttention(Attention):
         """Attend; reads ``cache`` and ``memory`` and changes neither."""
         if memory is None:
             return super().forward(x, cache)
-        assert input_ids is not None
         q, k, v = self.project(x)
         # Towards a memory on the host this copy waits for the projections alone: local attention,
         # enqueued after it, runs on the GPU while the host searches.

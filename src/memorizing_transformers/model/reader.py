@@ -90,7 +90,7 @@ class MemoryReader(nn.Module):
             self.log_temperature = nn.Parameter(torch.zeros(num_heads))
 
     def biases(
-        self, input_ids: Tensor, memory: Readable, slots: Tensor
+        self, input_ids: Tensor | None, memory: Readable, slots: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """What is added to the scores of pairs (B, H, N, K) and their match lengths, if asked."""
         bias = lengths = None
@@ -100,6 +100,7 @@ class MemoryReader(nn.Module):
             distance = here[:, None, :, None] - memory.positions[row, slots]
             bias = self.bias(distance, memory.age()[row, slots], memory.size)
         if self.match is not None:
+            assert input_ids is not None
             ids = input_ids.to(slots.device)
             longest = self.match.longest
             lengths = torch.stack([match_lengths(ids, memory, slots, longest, i) for i in (0, 1)])
@@ -108,7 +109,7 @@ class MemoryReader(nn.Module):
         return bias, lengths
 
     def retrieve(
-        self, queries: Tensor, memory: Readable, input_ids: Tensor
+        self, queries: Tensor, memory: Readable, input_ids: Tensor | None = None
     ) -> tuple[MemoryAttention, Neighbours, Neighbours, Tensor | None]:
         """Search with detached queries, attend with live ones.
 
@@ -116,7 +117,7 @@ class MemoryReader(nn.Module):
             queries: (B, H, N, D), scaled so that the inner product with a key is the score, on the
                 memory's device.
             memory: of these B rows.
-            input_ids: (B, N) the tokens of the segment.
+            input_ids: (B, N) the tokens of the segment; only a bias by match length needs them.
 
         Returns:
             the attention with its head dimensions as (B, H, N, ...), the pairs that were kept and
@@ -163,7 +164,7 @@ class MemoryReader(nn.Module):
         local_mass: Tensor | None,
         hidden: Tensor,
         memory: Readable,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Retrieval]:
         """Read the memory; changes nothing in it.
 
@@ -173,7 +174,7 @@ class MemoryReader(nn.Module):
             local_mass: (B, H, N) its log mass; None unless ``gate.needs_local_mass``.
             hidden: (B, N, d_model) what the layer's attention reads.
             memory: of these B rows.
-            input_ids: (B, N) the tokens of the segment.
+            input_ids: (B, N) the tokens of the segment; only a bias by match length needs them.
 
         Returns:
             the heads' outputs (B, H, N, D), on the model's device, and what was retrieved.
