@@ -150,6 +150,19 @@ def test_control_differs_from_the_quickstart_in_its_memory_alone() -> None:
     assert build(control).model.config.memory_layers == ()
 
 
+def test_the_papers_recipe_differs_from_the_quickstart_in_its_recipe_alone() -> None:
+    paper = ROOT / "configs" / "paper_recipe.yaml"
+    recipe = {
+        "model.memory.copy",
+        "model.memory.gate_init",
+        "model.optimizer.memory_lr_factor",
+    }
+    allowed = recipe | {"trainer.default_root_dir"}
+    assert differences(ROOT / "configs" / "quickstart.yaml", paper) == allowed
+    defaults = settings(ALL_KEYS)
+    assert all(settings(paper)[key] == defaults[key] for key in recipe)
+
+
 def test_ddp_is_the_quickstart_on_two_processes() -> None:
     ddp = ROOT / "configs" / "ddp.yaml"
     allowed = {"trainer.devices", "trainer.strategy", "trainer.default_root_dir"}
