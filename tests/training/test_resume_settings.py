@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.training.checkpoint import folder as checkpoints
 from memorizing_transformers.training.checkpoint.optimizer_state import SETTINGS_KEY
+from memorizing_transformers.training.checkpoint.resume import ARCHITECTURE_KEY
 from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.optimizers import OptimizerConfig, make_optimizer
 from memorizing_transformers.training.sharded import _by_name
@@ -291,3 +292,21 @@ def test_a_parameter_without_a_state_gets_the_one_that_adamw_begins_with() -> No
     for name, value in named["state"].items():
         assert not any(tensor.any() for tensor in value.values())
         assert value["exp_avg"].shape == dict(net.named_parameters())[name].shape
+
+
+LATER = ("temperature", "match_length", "copy")
+"""Settings of the memory that checkpoints of earlier versions do not know."""
+
+
+def test_a_checkpoint_that_lacks_later_settings_resumes(texts: Path, tmp_path: Path) -> None:
+    unbroken = Fit(texts, tmp_path / "unbroken", 6, optimizer=COSINE)
+
+    def forget(content: dict[str, Any]) -> None:
+        for key in LATER:
+            del content[ARCHITECTURE_KEY][f"memory.{key}"]
+
+    old = rewrite(unbroken.checkpoint(4), forget)
+    again = Fit(texts, tmp_path / "again", 6, old, optimizer=COSINE)
+    assert again.losses.values == unbroken.losses.values[4:]
+    with pytest.raises(UserError, match="memory.copy = "):
+        Fit(texts, tmp_path / "other", 6, old, optimizer=COSINE, copy=["repeats"])
