@@ -59,6 +59,6 @@ class Batch(NamedTuple):
     @property
     def num_bytes(self) -> Tensor:
         """(B,) float64; UTF-8 bytes that the counted targets stand for, for bits per byte: the
-        document's bytes shared out evenly over its tokens."""
+        document's bytes, split evenly over its tokens."""
         counted = in_fp64(self.mask.sum(1) * self.text_bytes)
         return counted / in_fp64(self.text_tokens)

@@ -63,8 +63,8 @@ class DocumentDataModule(LightningDataModule):
         seed: Seed of the order in which training documents are read.
         cut_tokens: Cut documents into documents of at most so many tokens, in every split. A
             control: what memory is worth on texts of ordinary length.
-        shuffle_tokens: Exchange blocks of so many tokens among all documents of a split. A control:
-            the memory then holds text of other documents.
+        shuffle_tokens: Exchange blocks of so many tokens between all documents of a split. A
+            control: the memory then holds text of other documents.
         cache_dir: Folder for tokenised text.
         num_workers: Number of threads that tokenise. Default: the number of processors.
         predict_split: Split that prediction reads.

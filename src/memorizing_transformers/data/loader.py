@@ -29,11 +29,11 @@ class SegmentLoader:
         rank: of this process.
         world_size: number of processes.
         steps: batches of one iteration, where Lightning is to stop before the length of the loader;
-            the plan's steps per epoch unless given.
+            default: the plan's steps per epoch.
         repeat: start every training iteration with the same first batch, to overfit on a few.
 
     Raises:
-        ValueError: the rows cannot be shared out evenly.
+        ValueError: where the rows cannot be split evenly over the ranks.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class SegmentLoader:
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration go on from a position, to the end of its epoch."""
+        """Let the next iteration start at a position and run to the end of its epoch."""
         self._delivered = state["epoch"] * self.plan.steps_per_epoch + state["step"]
         self._loaded = True
 
     def follow(self, other: SegmentLoader) -> None:
-        """Let the next iteration go on where that of another loader of the stream would."""
+        """Let the next iteration start where that of another loader of the stream would."""
         self._delivered, self._loaded = other._delivered, other._loaded
 
     def batch(self, epoch: int, step: int) -> Batch:

@@ -57,7 +57,7 @@ class SourceSettings:
             raise ConfigError(
                 "data.test_fraction",
                 self.test_fraction,
-                f"leaves nothing to train on beside data.validation_fraction "
+                f"leaves nothing to train on with data.validation_fraction "
                 f"({self.validation_fraction}); their sum must be below 1",
             )
 

@@ -1,4 +1,4 @@
-"""Writing stored pairs anew with today's weights, and dropping those that have drifted too far.
+"""Encoding stored pairs again with the current weights, and dropping those that drifted too far.
 
 A bank keeps the tokens behind its pairs, so a row's document can be read again, segment by segment,
 as it was read at first. What a key depends on may have been overwritten since: with an XL cache the
@@ -77,11 +77,11 @@ class _Document:
 
 @torch.no_grad()
 def refresh(encode: Encode, bank: MemoryBank, segment: int, step: int) -> None:
-    """Encode what a bank's memories hold anew, in place; XL caches stay as they are.
+    """Encode what a bank's memories hold again, in place; XL caches stay as they are.
 
-    Where a document's beginning was overwritten, the pairs of a segment that is no longer whole
+    Where a document's beginning was overwritten, the pairs of a segment that is incomplete
     stay as they were, and with an XL cache those of the segments that fill it. Costs a forward pass
-    of every stored token and no memory beside that of one segment.
+    of every stored token, and memory for one segment.
 
     Args:
         encode: the model, in evaluation mode.
@@ -109,7 +109,7 @@ def refresh(encode: Encode, bank: MemoryBank, segment: int, step: int) -> None:
 
 @torch.no_grad()
 def oldest_drift(encode: Encode, bank: MemoryBank, segment: int) -> tuple[Tensor, Tensor]:
-    """How far the keys of each row's oldest whole segment have drifted, in the first memory layer.
+    """How far the keys of each row's oldest complete segment drifted, in the first memory layer.
 
     Costs a forward pass of one segment, and of those that fill an XL cache.
 

@@ -20,9 +20,9 @@ STORAGE_DTYPES = {
 }
 """What keys and values may be stored in."""
 SCALES = {"keys": "key_scales", "values": "value_scales"}
-"""The names of the scales (B, G, M) fp32 that stand beside int8 tensors (B, G, M, D)."""
+"""The names of the scales (B, G, M) fp32 of int8 tensors (B, G, M, D)."""
 BOOKKEEPING = 8
-"""Bytes a slot beside its pair: token and step."""
+"""Bytes a slot needs in addition to its pair: token and step."""
 _LEVELS = 127
 
 

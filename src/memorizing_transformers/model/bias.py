@@ -132,7 +132,7 @@ class MemoryBias(nn.Module):
         nn.init.zeros_(self.table.weight)
 
     def forward(self, distance: Tensor, age: Tensor, size: int) -> Tensor:
-        """Bias of each retrieved pair, on the device of ``distance``: it is the table that travels.
+        """Bias of each retrieved pair, on the device of ``distance``, to which the table is copied.
 
         Args:
             distance: (B, H, N, K) tokens between the query and the pair.

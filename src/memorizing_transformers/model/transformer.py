@@ -248,7 +248,7 @@ class Transformer(MemorizingNet):
         return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals)
 
     def encode(self, input_ids: Tensor, memory: MemoryBank) -> SegmentPairs:
-        """The pairs of a segment up to the last memory layer, and nothing that costs more.
+        """The pairs of a segment up to the last memory layer; no later layer is computed.
 
         Args:
             input_ids: (B, N) int64, on any device.

@@ -51,10 +51,10 @@ class Estimate:
     attention_flops: float
     """Attention over what was retrieved, forward and backward."""
     refresh_flops: float
-    """Encoding stored tokens anew, shared out over the steps between two refreshes."""
+    """Encoding stored tokens again, averaged over the steps between two refreshes."""
     checkpoint_bytes: int
     memory_on_host: bool = False
-    """Whether the memory, and with it its search, is apart from the model."""
+    """Whether the memory and its search are on the host and the model is not."""
 
     @property
     def flops(self) -> float:
@@ -79,7 +79,7 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that live on the host beside that."""
+        """Bytes on the host, in addition to those of the device."""
         memory = self.memory_bytes + self._scratch_bytes if self.memory_on_host else 0
         return self.index_bytes + memory
 

@@ -47,7 +47,7 @@ class MemorizingLM(LightningModule):
         init_from: Folder of a checkpoint, or of a model that `export` or ``save_pretrained`` wrote.
             A new run starts with its weights, a fresh optimiser and step 0. Ignored if ckpt_path is
             given. Default: weights drawn by the seed.
-        settings: the fields of ``ModelConfig``; without ``vocab_size`` it is the tokenizer's.
+        settings: the fields of ``ModelConfig``; ``vocab_size`` defaults to the tokenizer's.
     """
 
     net: MemorizingNet

@@ -59,7 +59,7 @@ class Claim:
         """Make a folder that nobody has made before.
 
         Raises:
-            FileExistsError: where it is there.
+            FileExistsError: where the folder exists.
         """
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)

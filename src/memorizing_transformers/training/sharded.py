@@ -30,7 +30,7 @@ from .checkpoint import folder as checkpoints
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy over all ranks, with this project's checkpoints.
 
-    A checkpoint holds the whole weights, gathered to rank 0: so saving is a collective here, and
+    A checkpoint holds the complete weights, gathered to rank 0: so saving is a collective here, and
     the checkpoint can be read by any number of ranks, sharded or not.
 
     Args:
@@ -152,7 +152,7 @@ def gathered_gradients(net: MemorizingNet, rank: int) -> dict[str, Tensor]:
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor in a parameter's dtype, on its device and sharded as it is (a collective)."""
+    """A complete tensor in a parameter's dtype, on its device and sharded alike (a collective)."""
     moved = tensor.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         return distribute_tensor(moved, parameter.device_mesh, parameter.placements)

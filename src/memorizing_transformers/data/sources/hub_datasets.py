@@ -29,7 +29,7 @@ class HubName(NamedTuple):
 
     @classmethod
     def parse(cls, source: str) -> HubName:
-        """Take a source setting apart."""
+        """Parse a source setting."""
         name, _, revision = source.removeprefix(PREFIX).partition("@")
         path, _, config = name.partition(":")
         return cls(path, config or None, revision or None)

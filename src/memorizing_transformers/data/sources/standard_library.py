@@ -49,7 +49,7 @@ def standard_library(origin: Origin, root: Path | None = None) -> TextFiles:
 
     Args:
         origin: the setting to name in errors.
-        root: the library's folder; that of the running interpreter unless given.
+        root: the library's folder. Default: that of the running interpreter.
 
     Raises:
         ConfigError: the folder holds no Python source, as in a frozen interpreter.

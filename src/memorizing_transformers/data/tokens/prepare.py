@@ -57,7 +57,7 @@ def prepare_store(
     Args:
         settings: the sources and the tokenizer.
         cache_dir: made if missing.
-        num_workers: threads that encode; the number of processors unless given.
+        num_workers: threads that encode. Default: the number of processors.
 
     Returns:
         the folder of the complete store.

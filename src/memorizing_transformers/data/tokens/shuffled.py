@@ -55,7 +55,7 @@ class CutStore(TokenStore):
 
 
 class ShuffledStore(TokenStore):
-    """Documents out of order: whole blocks change places among all documents of the split.
+    """Documents out of order: blocks are exchanged between all documents of the split.
 
     A document keeps its name, its length and its last, partial block. What a row's memory holds is
     thus text from anywhere. The token behind a block's end is foreign, so of every block one

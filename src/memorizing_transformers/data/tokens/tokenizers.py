@@ -58,7 +58,7 @@ def train_bpe(
 
     Args:
         texts: read once, one at a time.
-        vocab_size: symbols in all, the 256 bytes among them. A small corpus may give fewer.
+        vocab_size: number of symbols, including the 256 bytes. A small corpus may give fewer.
         max_bytes: stop reading texts after about so many bytes of UTF-8.
 
     Raises:
@@ -114,7 +114,7 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np
 def make_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """A function from text to token ids, (L,) uint32, without special tokens.
 
-    Text that looks like a special token is text like any other, and nothing is cut off.
+    Text that looks like a special token is encoded as text. Nothing is cut off.
 
     Tokenizers of the `tokenizers` library encode outside Python's lock, so that several threads
     encode at once.

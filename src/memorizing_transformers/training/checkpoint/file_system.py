@@ -28,7 +28,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole as soon as it has its name."""
+    """Write a file that is complete as soon as it has its name."""
     draft = path.with_name(path.name + ".draft")
     draft.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     sync(draft)

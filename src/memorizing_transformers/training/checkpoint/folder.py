@@ -6,8 +6,8 @@
       rank-00000.safetensors   memory and XL cache of the rows that rank 0 owned, its random states
 
 Everything is written in a hidden staging folder and renamed at the end; so a folder with a manifest
-is whole, and a crash at any moment leaves the previous checkpoint as it was. Ranks meet through the
-files alone: no collective is needed, and a missing rank ends in an error, not in a hang.
+is complete, and a crash at any moment leaves the previous checkpoint as it was. Ranks meet through
+the files alone: no collective is needed, and a missing rank ends in an error, not in a hang.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def put_in_place(staging: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that no half of it passes for a whole.
+    """Delete a checkpoint, its manifest first, so that no part of it looks complete.
 
     Of a link only the link is deleted: the checkpoint that it names is another's.
     """

@@ -1,4 +1,4 @@
-"""Going on with a saved optimiser: its state by parameter, its settings those of the config."""
+"""Resuming a saved optimiser: its state by parameter, with the settings of the current config."""
 
 from __future__ import annotations
 

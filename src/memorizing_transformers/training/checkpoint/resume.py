@@ -1,4 +1,4 @@
-"""Going on where a run stopped: what must be the same, and what each rank puts back."""
+"""Resuming a stopped run: what must be the same, and what each rank restores."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def check_weights(checkpoint: dict[str, Any], ours: dict[str, Any], tokenizer: A
 
 
 def check_resumable(checkpoint: dict[str, Any], datamodule: Any) -> None:
-    """Refuse to go on without an optimiser's state, or with another order of tokens.
+    """Refuse to resume without an optimiser's state, or with another order of tokens.
 
     Raises:
         UserError: naming what differs and what may.
@@ -150,7 +150,7 @@ def restore_rank(
         gradients.
 
     Raises:
-        UserError: where a part is damaged, or the rows cannot be shared out evenly.
+        UserError: where a part is damaged, or the rows cannot be split evenly.
     """
     folder, manifest = Path(origin["path"]), origin["manifest"]
     try:
@@ -183,7 +183,7 @@ def restore_rows(
 
     Raises:
         DamagedCheckpoint: naming the part that is damaged.
-        UserError: where the rows cannot be shared out evenly.
+        UserError: where the rows cannot be split evenly.
     """
     parts = int(manifest["world_size"])
     # Parts are as wide as each other: every rank owns the same number of rows.
@@ -207,7 +207,7 @@ def restore_rows(
     if bank is not None and rows:
         bank.load(rows)
     if bank is not None and bank.memories and not any(name.startswith("memory.") for name in rows):
-        rank_zero_info("The checkpoint holds no memory: every row goes on with an empty one.")
+        rank_zero_info("The checkpoint holds no memory: every row resumes with an empty one.")
     if same_ranks:
         load_random_state(folder, rank)
     else:
@@ -223,7 +223,7 @@ def restore_gradients(
 ) -> bool:
     """Put back what was accumulated towards the next optimiser step.
 
-    As many ranks take their own; others take the mean, which is what they would average to.
+    The same number of ranks take their own; another number of ranks take the mean.
 
     Returns:
         whether there was anything.

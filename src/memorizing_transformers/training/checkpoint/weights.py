@@ -35,7 +35,7 @@ OF_MEMORY = (
     "memory.match_length",
     "memory.copy",
 )
-"""What the parameters of a memory layer depend on, beside its number."""
+"""What the parameters of a memory layer depend on, in addition to its number."""
 
 
 class Weights(NamedTuple):

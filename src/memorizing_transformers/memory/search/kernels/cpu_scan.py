@@ -4,7 +4,7 @@ For each row and head: scores of a chunk of queries against a span of slots, blo
 block's scores folded to the maxima of its buckets while they are still in the cache. Which members
 of the best buckets to look at afterwards is all that sets the two searches apart.
 
-A bucket's members stand evenly over their block, an odd number of slots apart.
+The members of a bucket are spread evenly over their block, at an odd distance in slots.
 
 Shapes: n queries of one chunk, M slots of one head in use, D head width, K neighbours.
 """
@@ -52,8 +52,8 @@ class HostScan:
     """How a memory is scanned.
 
     Args:
-        buckets: buckets that a head's slots are dealt to, of which only the best member counts; or
-            None for an exact search, which looks at every member of the best buckets.
+        buckets: buckets that a head's slots are split into, of which only the best member counts;
+            or None for an exact search, which looks at every member of the best buckets.
         dtype: what scores are computed in.
         score_bytes: bytes of scores that may live at once; beside them lives one head's keys in
             ``dtype``.

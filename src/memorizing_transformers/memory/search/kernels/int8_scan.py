@@ -2,7 +2,7 @@
 
 A CPU multiplies bytes about four times as fast as fp32 numbers. Keys are taken less their mean,
 which moves all scores of a query alike and leaves more of the 8 bits to what tells keys apart.
-Slots are dealt to small buckets, their members far apart, and every member of the best buckets is
+Slots are split into small buckets of distant members, and every member of the best buckets is
 scored again. So a neighbour is never lost to a better one in its bucket, only to the rounding.
 
 Shapes: n queries of a chunk, M slots of one head in use, D head width, C candidates, K neighbours.
@@ -53,7 +53,7 @@ def _levels(width: int) -> int:
 
 
 def _in_bytes(x: Tensor, largest_entry: Tensor) -> Tensor:
-    """Entries of x (..., D) in whole levels, the largest entry in the most."""
+    """Entries of x (..., D) as integer levels; the largest entry gets the largest level."""
     levels = _levels(x.shape[-1])
     scale = torch.where(largest_entry > 0, levels / largest_entry, 0.0)
     return (x * scale).round_().clamp_(-levels, levels).to(torch.int8)

@@ -2,7 +2,7 @@
 
 The k largest numbers lie in the k buckets with the largest maxima. So: a maximum over small
 buckets, the k largest of those (the same way), then the k largest among the members of the chosen
-buckets. Scores are read once, and nothing wide is ever sorted.
+buckets. Scores are read once, and no wide row is sorted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NARROW = 256
 MOST_MEMBERS = 32
 """Members of a bucket at most."""
 SORT_WIDTH = 512
-"""Up to this width numpy's sort of a whole row beats torch's partial one."""
+"""Up to this width numpy sorts a complete row faster than torch sorts a part of it."""
 FEW_THREADS = 4
 """numpy's vectorised sort runs on one thread, three to five times as fast as one of torch's."""
 _HUGE = 2.0**600
@@ -73,7 +73,7 @@ def largest(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def largest_in_buckets(
     scores: Tensor, first: Tensor, stride: int, members: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """The k largest among the members of chosen buckets.
+    """The k largest members of chosen buckets.
 
     Args:
         scores: (..., M).

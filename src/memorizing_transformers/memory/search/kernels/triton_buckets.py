@@ -23,7 +23,7 @@ from .cpu_scan import odd_stride
 from .torch_buckets import best_buckets
 
 WIDEST = 256
-"""Largest head width D that leaves a block of keys room beside the queries."""
+"""Largest head width D at which queries and a block of keys fit together."""
 BLOCK_BUCKETS = 64
 """Buckets of a program."""
 
