@@ -45,7 +45,7 @@ def write(memory: Memory, ids: Tensor, mask: Tensor | None = None) -> None:
 
 @pytest.mark.parametrize(
     ("size", "segment", "vocab", "seed"),
-    [(40, 7, 3, 0), (64, 16, 6, 1), (16, 20, 4, 2), (100, 1, 3, 3), (12, 5, 2, 4)],
+    [(40, 7, 3, 0), (64, 16, 6, 1), (16, 20, 4, 2), (100, 1, 3, 3), (12, 5, 2, 4), (5, 4, 2, 5)],
 )
 def test_they_are_those_of_a_slow_search(size: int, segment: int, vocab: int, seed: int) -> None:
     """Over resets, padding, dropped pairs and a ring that is written over many times."""

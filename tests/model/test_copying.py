@@ -29,7 +29,7 @@ def mixture(logits: Tensor, tokens: Tensor, odds: Tensor) -> Tensor:
 
 def mixed(logits: Tensor, tokens: Tensor, odds: Tensor) -> Tensor:
     """Logits as the copy head makes them."""
-    own, sums = sum_by_token(tokens, odds)
+    own, sums = sum_by_token(tokens, odds, logits.shape[-1])
     log_odds = sums.clamp(min=1e-30).log().masked_fill(sums == 0, -torch.inf)
     out: Tensor = _MixIn.apply(logits * 1.0, own, log_odds)
     return out
@@ -41,8 +41,14 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(copying, "CHUNK", request.param)
 
 
+@pytest.fixture(params=[1000, 0], ids=["table", "sorted"])
+def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums by a table of the vocabulary, and by sorting."""
+    monkeypatch.setattr(copying, "DENSE", request.param)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_it_is_the_mixture_and_sums_to_one(seed: int, chunk: None) -> None:
+def test_it_is_the_mixture_and_sums_to_one(seed: int, chunk: None, dense: None) -> None:
     logits, tokens, odds = candidates(seed)
     found = mixed(logits, tokens, odds).softmax(-1)
     torch.testing.assert_close(found, mixture(logits, tokens, odds))
@@ -51,7 +57,7 @@ def test_it_is_the_mixture_and_sums_to_one(seed: int, chunk: None) -> None:
     torch.testing.assert_close(raw, 1 + odds.sum(-1))
 
 
-def test_its_gradients_are_those_of_the_definition(chunk: None) -> None:
+def test_its_gradients_are_those_of_the_definition(chunk: None, dense: None) -> None:
     logits, tokens, odds = candidates(0)
     upstream = torch.randn(2, 3, VOCAB, dtype=torch.float64)
     gradients = []
@@ -78,12 +84,18 @@ def test_no_candidate_changes_nothing() -> None:
     assert torch.equal(mixed(logits, tokens, odds * 0), logits)
 
 
-def test_the_sum_of_a_token_stands_once() -> None:
-    tokens, sums = sum_by_token(
-        torch.tensor([[[4, 2, 4, 0, 2, 2]]]), torch.tensor([[[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]]])
-    )
-    assert tokens.tolist() == [[[0, 2, 4, 0, 0, 0]]]
-    assert sums.tolist() == [[[8.0, 50.0, 5.0, 0.0, 0.0, 0.0]]]
+def test_each_token_has_its_sum_once(dense: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 6, (2, 3, 9), generator=generator)
+    weights = torch.rand(2, 3, 9, generator=generator)
+    own, sums = sum_by_token(tokens, weights, 6)
+    for row in range(2):
+        for place in range(3):
+            given, share = tokens[row, place], weights[row, place]
+            there = sums[row, place] > 0
+            assert sorted(own[row, place][there].tolist()) == sorted({*given.tolist()})
+            for token, total in zip(own[row, place][there], sums[row, place][there], strict=True):
+                assert total == pytest.approx(share[given == token].sum())
 
 
 def test_every_name_has_a_class() -> None:

@@ -22,6 +22,7 @@ from .view import Readable
 
 ORDERS = (8, 4, 2)
 """Lengths of the suffixes that have a chain, descending."""
+LEAD = max(ORDERS) - 1
 TABLE_BITS = 16
 FACTOR, OTHER = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
 """Odd multipliers of the hashes, as signed numbers: those of Steele et al., 2014 (SplitMix64)."""
@@ -79,11 +80,10 @@ class _Chains:
         count = int((memory.written - self.end).max())
         if not count:
             return
-        lead = max(ORDERS) - 1
-        numbers = self.end[:, None] + torch.arange(-lead, count, device=self.end.device)
+        numbers = self.end[:, None] + torch.arange(-LEAD, count, device=self.end.device)
         text = memory.token_ids.gather(1, (numbers - memory.origin[:, None]) % memory.size).long()
-        hashes = torch.stack(_hashes(text), 1)[..., lead:]
-        numbers = numbers[:, lead:]
+        hashes = torch.stack(_hashes(text), 1)[..., LEAD:]
+        numbers = numbers[:, LEAD:]
         there = numbers < memory.written[:, None]
         before = self.link(hashes, numbers, there)
         slots = ((numbers - memory.origin[:, None]) % memory.size)[:, None].expand_as(before)
@@ -146,55 +146,71 @@ class RepeatSearch:
         segment, size, owners = ids.shape[1], base.size, memory.owners
         device = base.device
         written, origin = memory.written, memory.origin
-        first = written - memory.fill
         here = written[:, None] + torch.arange(segment, device=device)
-        # All tokens by number: those of the segment lie behind those of the ring.
-        text = torch.cat([memory.token_ids.long(), ids], 1)
+        # All tokens in their order, the segment's last; the first one has this number. It begins so
+        # far back that a short memory too can be compared with the tokens before it.
+        length = max(size, LEAD, self.longest)
+        start = written - length
+        ring = (start[:, None] + torch.arange(length, device=device) - origin[:, None]) % size
+        text = torch.cat([memory.token_ids.gather(1, ring).long(), ids], 1)
+        first = written - memory.fill
+        known = text[:, -LEAD - segment :]
+        numbers = self._candidates(chains, owners, known, here, first, origin)
+        order = torch.tensor(ORDERS, device=device)[:, None].expand(-1, self.per_order).flatten()
+        places = numbers - start[:, None, None]
+        lengths = self._lengths(places, (first - start)[:, None, None], text, segment)
+        # What also ends a longer suffix is in that one's chain.
+        above = torch.tensor([self.longest + 1, *ORDERS[:-1]], device=device)
+        above = above[:, None].expand(-1, self.per_order).flatten()
+        lengths = lengths.masked_fill((lengths < order) | (lengths >= above), 0)
+        following = text.gather(1, (places + 1).clamp(min=0).flatten(1)).view(places.shape)
+        return Repeats(following, lengths, here[..., None] - numbers)
 
-        def place(numbers: Tensor) -> Tensor:
-            shape = (-1, *[1] * (numbers.ndim - 1))
-            start = written.view(shape)
-            return torch.where(
-                numbers >= start, size + numbers - start, (numbers - origin.view(shape)) % size
-            )
+    def _candidates(
+        self,
+        chains: _Chains,
+        owners: Tensor | None,
+        known: Tensor,
+        here: Tensor,
+        first: Tensor,
+        origin: Tensor,
+    ) -> Tensor:
+        """(B', N, C) numbers of tokens that may end the same suffix; those before ``first`` do not.
 
-        lead = torch.arange(-max(ORDERS) + 1, segment, device=device)
-        known = text.gather(1, place(written[:, None] + lead))
-        hashes = torch.stack(_hashes(known), 1)[..., max(ORDERS) - 1 :]
+        Args:
+            chains: of the memory.
+            owners: (B',) the row of the memory of each row, None for the same.
+            known: (B', LEAD + N) the segment's tokens and those before.
+            here: (B', N) the numbers of the segment's tokens.
+            first: (B',) the first number that the memory holds.
+            origin: (B',) of the memory.
+        """
+        hashes = torch.stack(_hashes(known), 1)[..., LEAD:]
         own = chains.link(hashes, here, torch.ones_like(here, dtype=torch.bool), owners)
         before = chains.before if owners is None else chains.before[owners]
+        size, written = before.shape[-1], here[:, :1, None]
         links = torch.cat([before, own], -1)
         found = [own]
         for _ in range(self.per_order - 1):
             last = found[-1]
             usable = last >= first[:, None, None]
-            following = links.gather(-1, place(last.clamp(min=0)).masked_fill(~usable, 0))
+            slot = torch.where(
+                last >= written, last - written + size, (last - origin[:, None, None]) % size
+            )
+            following = links.gather(-1, slot.masked_fill(~usable, 0))
             found.append(following.masked_fill(~usable, -1))
-        numbers = torch.stack(found, -1).permute(0, 2, 1, 3)
-        order = torch.tensor(ORDERS, device=device)[:, None].expand(*numbers.shape[2:])
-        numbers, order = numbers.flatten(2), order.flatten()
-        lengths = self._lengths(numbers, here, first, text, place)
-        # What also ends a longer suffix is in that one's chain.
-        above = torch.tensor([self.longest + 1, *ORDERS[:-1]], device=device)
-        above = above[:, None].expand(-1, self.per_order).flatten()
-        lengths = lengths.masked_fill((lengths < order) | (lengths >= above), 0)
-        following = text.gather(1, place((numbers + 1).clamp(min=0)).flatten(1))
-        distances = here[..., None] - numbers
-        return Repeats(following.view(numbers.shape), lengths, distances)
+        return torch.stack(found, -1).permute(0, 2, 1, 3).flatten(2)
 
-    def _lengths(
-        self, numbers: Tensor, here: Tensor, first: Tensor, text: Tensor, place: object
-    ) -> Tensor:
-        """(B', N, C) how many tokens up to ``numbers`` equal those up to ``here``."""
-        count = torch.zeros_like(numbers)
-        alive = torch.ones_like(numbers, dtype=torch.bool)
+    def _lengths(self, places: Tensor, first: Tensor, text: Tensor, segment: int) -> Tensor:
+        """(B', N, C) how many tokens of text (B', M + N) up to ``places`` equal those up to the
+        segment's own; none before ``first``."""
+        count = torch.zeros_like(places)
+        alive = places >= first
         for back in range(self.longest):
-            then, now = numbers - back, (here - back)[..., None]
-            inside = (then >= first[:, None, None]) & (now >= first[:, None, None])
-            both = [
-                text.gather(1, place(x.clamp(min=0)).flatten(1)).view(x.shape)  # type: ignore[operator]
-                for x in (then, now)
-            ]
-            alive = alive & inside & (both[0] == both[1])
-            count += alive
+            then = places - back
+            stop = text.shape[1] - back
+            now = text[:, stop - segment : stop, None]
+            same = text.gather(1, then.clamp(min=0).flatten(1)).view(then.shape) == now
+            alive = alive & (then >= first) & same
+            count = torch.where(alive, back + 1, count)
         return count

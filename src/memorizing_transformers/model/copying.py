@@ -24,6 +24,10 @@ CHUNK = 64
 """Tokens of a segment whose logits are held in fp32 at once."""
 
 
+DENSE = 16
+"""Tokens of the vocabulary for each candidate up to which a table of all is faster than sorting."""
+
+
 class CopyInputs(NamedTuple):
     """What a source of copies may look at: all of it is known before the predicted token."""
 
@@ -120,7 +124,8 @@ class RepeatCopies(nn.Module):
         score = score + self.toward_likely * inputs.log_probability(tokens)
         # Not minus infinity: where nothing is known its softmax would have no gradient.
         weights = score.masked_fill(~known, -1e9).softmax(-1).masked_fill(~known, 0.0)
-        tokens, weights = sum_by_token(tokens, weights)
+        vocab_size = inputs.logits.shape[-1]
+        tokens, weights = sum_by_token(tokens, weights, vocab_size)
         agreed, best = weights.max(-1)
         best_token = tokens.gather(-1, best[..., None])
         surest = inputs.logits.argmax(-1, keepdim=True)
@@ -178,7 +183,8 @@ class CopyHead(nn.Module):
                 found,
             )
             parts = [source(inputs) for source in self.sources.values()]
-            tokens, odds = sum_by_token(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
+            tokens, odds = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+            tokens, odds = sum_by_token(tokens, odds, logits.shape[-1])
             read = found.read.any(1)[..., None].to(odds.device)
             used = read & (odds > 0)
             # A logarithm of 0 would have no gradient.
@@ -187,24 +193,31 @@ class CopyHead(nn.Module):
         return mixed
 
 
-def sum_by_token(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def sum_by_token(tokens: Tensor, weights: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Adds up the weights of candidates that are the same token.
 
     Args:
         tokens: (B, N, C) int64.
         weights: (B, N, C) fp32.
+        vocab_size: tokens V that there are.
 
     Returns:
-        tokens and sums (B, N, C): each token of a position once, with its sum; the places that
-        remain hold token 0 and the sum 0.
+        tokens and sums (B, N, C): each token of a position once, with its sum; all other places
+        have the sum 0.
     """
-    tokens, order = tokens.sort(-1)
-    first = torch.ones_like(tokens, dtype=torch.bool)
-    first[..., 1:] = tokens[..., 1:] != tokens[..., :-1]
-    run = first.cumsum(-1) - 1
-    sums = torch.zeros_like(weights).scatter_add(-1, run, weights.gather(-1, order))
-    # All candidates of a run write the same token.
-    return torch.zeros_like(tokens).scatter_(-1, run, tokens), sums
+    if vocab_size > DENSE * tokens.shape[-1]:
+        tokens, order = tokens.sort(-1)
+        first = torch.ones_like(tokens, dtype=torch.bool)
+        first[..., 1:] = tokens[..., 1:] != tokens[..., :-1]
+        run = first.cumsum(-1) - 1
+        sums = torch.zeros_like(weights).scatter_add(-1, run, weights.gather(-1, order))
+        # All candidates of a run write the same token.
+        return torch.zeros_like(tokens).scatter_(-1, run, tokens), sums
+    shape = (*tokens.shape[:2], vocab_size)
+    place = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+    last = place.new_zeros(shape).scatter_reduce_(-1, tokens, place, "amax")
+    sums = weights.new_zeros(shape).scatter_add(-1, tokens, weights).gather(-1, tokens)
+    return tokens, sums.masked_fill(last.gather(-1, tokens) != place, 0.0)
 
 
 def log_total(logits: Tensor) -> Tensor:
