@@ -70,3 +70,33 @@ def test_no_p_value_is_below_what_its_documents_can_give(table: Path) -> None:
     for row in records(table):
         if row["p_value"]:
             assert 2 * 0.5 ** int(row["documents"]) <= float(row["p_value"]) <= 1
+
+
+def test_the_recipes_table_says_what_the_summary_says() -> None:
+    """Every figure of the section, by corpus, arm and size of the memory in the test."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "results.md").read_text("utf-8")
+    section = page.split("## A better recipe")[1].split("\n## ")[0]
+    with (root / "docs" / "results" / "summary.csv").open() as file:
+        known = {
+            (row["corpus"], row["arm"], int(row["test_memory"])): float(row["perplexity"])
+            for row in csv.DictReader(file)
+        }
+    corpora = ("stdlib", "latex", "books")
+    compared = 0
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"[a-z0-9-]+", cells[0]) and len(cells) == 5:
+            size = 0 if cells[0].startswith(("control", "suffix")) else 8192
+            found = zip(corpora, [cells[0]] * 3, [size] * 3, cells[2:], strict=True)
+        elif cells[0] in ("standard library", "LaTeX"):
+            corpus = corpora[cells[0] == "LaTeX"]
+            sizes = (2048, 8192, 32768, 131072)
+            found = zip([corpus] * 4, ["best"] * 4, sizes, cells[1:], strict=True)
+        else:
+            continue
+        for corpus, arm, size, cell in found:
+            if cell:
+                assert cell == f"{known[corpus, arm, size]:.3f}", (corpus, arm, size)
+                compared += 1
+    assert compared > 25
