@@ -86,7 +86,7 @@ def test_the_recipes_table_says_what_the_summary_says() -> None:
     compared = 0
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if re.fullmatch(r"[a-z0-9-]+", cells[0]) and len(cells) == 5:
+        if cells[0] in {arm for _, arm, _ in known}:
             size = 0 if cells[0].startswith(("control", "suffix")) else 8192
             found = zip(corpora, [cells[0]] * 3, [size] * 3, cells[2:], strict=True)
         elif cells[0] in ("standard library", "LaTeX"):
