@@ -108,7 +108,7 @@ def test_probabilities_sum_to_one_and_move_toward_what_is_copied(source: str) ->
     plain, copying = (small_model(size=64, copy=copy) for copy in ([], [source]))
     copying.load_state_dict(plain.state_dict(), strict=False)
     tokens = random_tokens(2, 8).repeat(1, 2)
-    losses = []
+    losses, plain_forecast = [], torch.zeros(2, 8, VOCAB)
     for model in (plain, copying):
         bank = model.new_memory(2)
         for ids in tokens.split(8, dim=1):
@@ -118,6 +118,12 @@ def test_probabilities_sum_to_one_and_move_toward_what_is_copied(source: str) ->
             torch.testing.assert_close(
                 output.logits.log_softmax(-1).exp().sum(-1), torch.ones(2, 8)
             )
+            # What is no copy is the model's own: nothing is below its part of the mixture.
+            own = (1 - output.copied[..., None]) * plain_forecast
+            assert (output.logits.softmax(-1) >= own - 1e-5).all()
+            assert ((output.copied >= 0) & (output.copied < 1)).all()
+            assert output.copied.any()
+        plain_forecast = output.logits.softmax(-1)
         losses.append(model.loss(output.logits[:, 2:-1], tokens[:, 11:]).item())
     if source == "repeats":
         assert losses[1] < losses[0]

@@ -163,8 +163,10 @@ class CopyHead(nn.Module):
 
     def forward(
         self, logits: Tensor, hidden: Tensor, input_ids: Tensor, memory: Readable, found: Retrieval
-    ) -> Tensor:
-        """Logits (B, N, V) of the mixture; ``logits`` are overwritten.
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, N, V) of the mixture, and the weight (B, N) of the copies in it, detached.
+
+        ``logits`` are overwritten.
 
         Args:
             logits: (B, N, V) of the model.
@@ -190,7 +192,8 @@ class CopyHead(nn.Module):
             # A logarithm of 0 would have no gradient.
             log_odds = odds.masked_fill(~used, 1.0).log().masked_fill(~used, -torch.inf)
         mixed: Tensor = _MixIn.apply(logits, tokens, log_odds)
-        return mixed
+        copied = odds.detach().masked_fill(~used, 0.0).sum(-1)
+        return mixed, copied / (1 + copied)
 
 
 def sum_by_token(tokens: Tensor, weights: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

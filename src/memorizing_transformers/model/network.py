@@ -28,6 +28,8 @@ class ModelOutput:
     """The segment's keys and values, for ``MemoryBank.commit``."""
     retrievals: dict[int, Retrieval] = field(default_factory=dict)
     """By memory layer what was retrieved; empty without a memory."""
+    copied: Tensor | None = None
+    """(B, N) weight of the copies in the prediction, in [0, 1]; None without a copy head."""
 
 
 class MemorizingNet(nn.Module):

@@ -241,11 +241,13 @@ class Transformer(MemorizingNet):
                 retrievals[index] = retrieval
         x = self.dropout(self.norm(x))
         logits = F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
+        copied = None
         if self.copy_head is not None and retrievals:
             last = max(retrievals)
-            logits = self.copy_head(logits, x, input_ids, bank.memories[last], retrievals[last])
-        retrievals = {number: found.detach() for number, found in retrievals.items()}
-        return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals)
+            found = (bank.memories[last], retrievals[last])
+            logits, copied = self.copy_head(logits, x, input_ids, *found)
+        retrievals = {number: one.detach() for number, one in retrievals.items()}
+        return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals, copied)
 
     def encode(self, input_ids: Tensor, memory: MemoryBank) -> SegmentPairs:
         """The pairs of a segment up to the last memory layer; no later layer is computed.

@@ -92,6 +92,9 @@ class RetrievalLogging(Observer):
             scalars[f"memory/retrieved_age_tokens/{name}"] = tokens.mean().item()
             if is_approximate(search, readers[layer].search):
                 scalars[f"memory/recall/{name}"] = retrieval_recall(memory, retrieval)
+        if output.copied is not None and batch.mask.any():
+            copied = output.copied[batch.mask.to(output.copied.device)]
+            scalars["memory/copied"] = copied.mean().item()
         if output.retrievals:
             for layer, gates in learned_gates(self.module.net).items():
                 for head, gate in enumerate(gates.tolist()):
