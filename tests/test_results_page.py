@@ -82,13 +82,13 @@ def test_the_recipes_table_says_what_the_summary_says() -> None:
             (row["corpus"], row["arm"], int(row["test_memory"])): float(row["perplexity"])
             for row in csv.DictReader(file)
         }
-    corpora = ("stdlib", "latex", "books")
+    corpora = ("stdlib", "latex", "books", "web")
     compared = 0
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in {arm for _, arm, _ in known}:
             size = 0 if cells[0].startswith(("control", "suffix")) else 8192
-            found = zip(corpora, [cells[0]] * 3, [size] * 3, cells[2:], strict=True)
+            found = zip(corpora, [cells[0]] * 4, [size] * 4, cells[2:], strict=True)
         elif cells[0] in ("standard library", "LaTeX"):
             corpus = corpora[cells[0] == "LaTeX"]
             sizes = (2048, 8192, 32768, 131072)
