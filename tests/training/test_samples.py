@@ -69,8 +69,9 @@ def test_text_can_neither_break_out_nor_be_lost(text: str) -> None:
     shape = (1, 2, len(tokens), 4)
     slots = torch.randint(0, len(ids), shape)
     weights = torch.rand(shape).softmax(-1)
+    valid, unused = torch.ones(shape, dtype=torch.bool), torch.zeros(0)
     found = Retrieval(
-        slots, torch.ones(shape, dtype=torch.bool), weights, torch.ones(shape[:3]), torch.zeros(0)
+        slots, valid, weights, torch.ones(shape[:3]), unused, unused, unused, slots, valid
     )
     markdown = describe(memory, found, tokens, 0, tokenizer.decode)
     lines = markdown.split("\n")
@@ -90,7 +91,7 @@ def test_what_is_shown_is_what_was_retrieved() -> None:
     valid = torch.ones_like(slots, dtype=torch.bool)
     weights = torch.tensor([[[[0.5, 0.5], [0.3, 0.7], [0.6, 0.4]]]])
     share = torch.tensor([[[0.5, 0.8, 0.5]]])
-    found = Retrieval(slots, valid, weights, share, torch.zeros(0))
+    found = Retrieval(slots, valid, weights, share, *[torch.zeros(0)] * 3, slots, valid)
 
     def decode(ids: Any) -> str:
         return " ".join(map(str, ids))
