@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memorizing_transformers.model import ModelConfig, Transformer
+from memorizing_transformers.model import ModelConfig, Transformer, copying
 from memorizing_transformers.model.attention import Attention
 
 Found = list[list[tuple[Tensor, list[int]]]]
@@ -144,9 +144,10 @@ def attention(
                     ]
                     far_scores = far_scores + layer.reader.match.table[shift, matched, head]
                     lengths = [max(pair) for pair in zip(lengths, matched, strict=True)]
-            order = far_scores.tolist()
-            kept = sorted(range(len(places)), key=order.__getitem__, reverse=True)
-            kept = kept[: config.memory.top_k]
+            kept = list(range(len(places)))
+            if config.memory.candidates > 1:
+                order = far_scores.tolist()
+                kept = sorted(kept, key=order.__getitem__, reverse=True)[: config.memory.top_k]
             places, lengths = [places[i] for i in kept], [lengths[i] for i in kept]
             far_scores = far_scores[kept]
             attended = far_scores.softmax(0)
@@ -201,6 +202,7 @@ def copied(
     if "neighbours" in sources:
         source = sources["neighbours"]
         for head, (weights, places) in enumerate(found):
+            weights, places = weights[: copying.NEAREST], places[: copying.NEAREST]
             for kind in (0, 1):
                 logit = source.log_odds[kind, head] + source.hidden[kind] @ hidden
                 logit = logit + source.sharpness[kind, head] * weights.max().detach()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from build import COMBINES, VOCAB, random_tokens, small_config, small_model
 
+from memorizing_transformers.model import copying
 from memorizing_transformers.model.attention import normalize
 
 CASES: list[dict[str, Any]] = [
@@ -49,8 +50,11 @@ def repeats(case: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_fast_path_equals_naive_path(case: dict[str, Any]) -> None:
+def test_fast_path_equals_naive_path(
+    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four segments of five tokens: row 1 ends a document in padding, both rows begin another."""
+    monkeypatch.setattr(copying, "NEAREST", 2)
     model = small_model(**case)
     lengths = [[5, 5], [5, 3], [5, 5], [5, 5]]
     begins = {2: [False, True], 3: [True, False]}

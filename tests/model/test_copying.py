@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memorizing_transformers.model import ModelConfig, copying
 from memorizing_transformers.model.config import COPY_NAMES
-from memorizing_transformers.model.copying import COPIES, _MixIn, sum_by_token
+from memorizing_transformers.model.copying import COPIES, _MixIn, log_total, sum_by_token
 
 
 def candidates(seed: int, places: int = 7) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def mixed(logits: Tensor, tokens: Tensor, odds: Tensor) -> Tensor:
     """Logits as the copy head makes them."""
     own, sums = sum_by_token(tokens, odds, logits.shape[-1])
     log_odds = sums.clamp(min=1e-30).log().masked_fill(sums == 0, -torch.inf)
-    out: Tensor = _MixIn.apply(logits * 1.0, own, log_odds)
+    out: Tensor = _MixIn.apply(logits * 1.0, own, log_odds, log_total(logits))
     return out
 
 

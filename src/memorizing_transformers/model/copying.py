@@ -23,6 +23,8 @@ from .reader import Retrieval
 CHUNK = 64
 """Tokens of a segment whose logits are held in fp32 at once."""
 
+NEAREST = 8
+"""Neighbours of each head, the best first, whose tokens may be copied. More gain little."""
 
 DENSE = 16
 """Tokens of the vocabulary for each candidate up to which a table of all is faster than sorting."""
@@ -50,7 +52,7 @@ class CopyInputs(NamedTuple):
 
 
 class NeighbourCopies(nn.Module):
-    """The tokens of the pairs that the memory layer's heads retrieved, and those after them.
+    """The tokens of the best pairs that the memory layer's heads retrieved, and those after them.
 
     A head's candidates share its odds by its attention to them, so the loss also trains what its
     queries look for. Which of the two tokens a head's keys stand for is learned.
@@ -69,8 +71,8 @@ class NeighbourCopies(nn.Module):
         self.hidden = nn.Parameter(torch.zeros(2, d_model))
 
     def forward(self, inputs: CopyInputs) -> tuple[Tensor, Tensor]:
-        """Tokens and odds (B, N, 2 H K)."""
-        memory, slots = inputs.memory, inputs.found.slots
+        """Tokens and odds (B, N, 2 H C), C the smaller of K and ``NEAREST``."""
+        memory, slots = inputs.memory, inputs.found.slots[..., :NEAREST]
         own = memory.token_ids.long()
         # The newest pair is followed by the segment's first token, which every query knows.
         newest = (memory.written - memory.origin - 1) % memory.size
@@ -79,7 +81,7 @@ class NeighbourCopies(nn.Module):
         tokens = torch.stack(
             [x.gather(1, slots.flatten(1)).view(slots.shape) for x in (own, after)]
         )
-        weights = inputs.found.weights.to(inputs.hidden.device)
+        weights = inputs.found.weights[..., :NEAREST].to(inputs.hidden.device)
         sharpness = weights.detach().amax(-1)
         log_odds = self.log_odds[:, None, :, None] + self.sharpness[:, None, :, None] * sharpness
         log_odds = log_odds + (inputs.hidden @ self.hidden.t()).permute(2, 0, 1)[:, :, None]
@@ -191,7 +193,7 @@ class CopyHead(nn.Module):
             used = read & (odds > 0)
             # A logarithm of 0 would have no gradient.
             log_odds = odds.masked_fill(~used, 1.0).log().masked_fill(~used, -torch.inf)
-        mixed: Tensor = _MixIn.apply(logits, tokens, log_odds)
+        mixed: Tensor = _MixIn.apply(logits, tokens, log_odds, inputs.log_total)
         copied = odds.detach().masked_fill(~used, 0.0).sum(-1)
         return mixed, copied / (1 + copied)
 
@@ -238,8 +240,9 @@ class _MixIn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, log_odds: Tensor) -> Tensor:
-        total = log_total(logits)
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, log_odds: Tensor, total: Tensor
+    ) -> Tensor:
         above = log_odds + total[..., None] - logits.gather(-1, tokens).to(log_odds)
         logits.scatter_add_(-1, tokens, F.softplus(above).to(logits.dtype))
         ctx.mark_dirty(logits)
@@ -247,7 +250,7 @@ class _MixIn(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
         logits, tokens, above, total = ctx.saved_tensors
         (grad,) = grads
         change = grad.gather(-1, tokens).to(above) * above.sigmoid()
@@ -261,4 +264,4 @@ class _MixIn(torch.autograd.Function):
             before.scatter_add_(-1, tokens[part], at * torch.expm1(-F.softplus(above[part])))
             result[part] += before.mul_(sums[part])
         result.scatter_add_(-1, tokens, -change.to(result.dtype))
-        return result, None, change
+        return result, None, change, None
