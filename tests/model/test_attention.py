@@ -50,9 +50,7 @@ def repeats(case: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_fast_path_equals_naive_path(
-    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fast_path_equals_naive_path(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Four segments of five tokens: row 1 ends a document in padding, both rows begin another."""
     monkeypatch.setattr(copying, "NEAREST", 2)
     model = small_model(**case)

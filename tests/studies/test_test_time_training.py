@@ -1,0 +1,115 @@
+"""Weights that learn while they read: no document learns from another, none from its future."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from small import command, make_data, make_module, make_trainer, write_config, write_texts
+
+from memorizing_studies.rivals.test_time_training import TestTimeTraining
+from memorizing_transformers.errors import ConfigError
+
+
+class Seen(Callback):
+    """Keeps the loss of each token by document."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, list[float]] = {}
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        for document, loss, there in zip(
+            outputs["document"].tolist(), outputs["loss"], batch.mask, strict=True
+        ):
+            self.losses.setdefault(document, []).extend(loss[there].tolist())
+
+
+def losses(texts: Path, *callbacks: Callback, **settings: Any) -> dict[int, list[float]]:
+    seen = Seen()
+    trainer = make_trainer(callbacks=[*callbacks, seen], inference_mode=False)
+    module = make_module(**settings)
+    trainer.predict(module, datamodule=make_data(texts, eval_rows=1), return_predictions=False)
+    return seen.losses
+
+
+def mean(found: dict[int, list[float]]) -> float:
+    return fmean(chain.from_iterable(found.values()))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("learning") / "texts")
+
+
+def test_reading_pays_and_a_step_of_zero_changes_nothing(texts: Path) -> None:
+    plain = losses(texts)
+    assert losses(texts, TestTimeTraining(0.0)) == plain
+    assert mean(losses(texts, TestTimeTraining(0.3))) < mean(plain) - 0.1
+
+
+def test_each_document_begins_with_the_trained_weights(texts: Path) -> None:
+    plain, learned = losses(texts), losses(texts, TestTimeTraining(0.3))
+    assert len(plain) == 3
+    for document, values in plain.items():
+        # Nothing was learned before a document's first segment ended.
+        assert learned[document][:16] == values[:16]
+        assert learned[document][16:] != values[16:]
+
+
+def test_a_segment_is_predicted_before_it_is_learned(texts: Path, tmp_path: Path) -> None:
+    """Another end of a text changes no loss before it."""
+    other = tmp_path / "texts"
+    other.mkdir()
+    for file in texts.iterdir():
+        text = file.read_text("utf-8")
+        (other / file.name).write_text(text[:-40] + "z" * 40, "utf-8")
+    one, changed = (losses(folder, TestTimeTraining(0.3)) for folder in (texts, other))
+    for document, values in one.items():
+        assert len(values) == len(changed[document])
+        assert values[:-41] == changed[document][:-41]
+        assert values[-30:] != changed[document][-30:]
+
+
+def test_the_trained_weights_come_back(texts: Path) -> None:
+    module = make_module()
+    data = make_data(texts, eval_rows=1)
+    trainer = make_trainer(inference_mode=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    trainer = make_trainer(callbacks=[TestTimeTraining(0.3)], inference_mode=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "inference", "key"),
+    [(1, True, "trainer.inference_mode = True"), (3, False, "data.eval_rows = 3")],
+)
+def test_what_it_cannot_do_ends_in_one_line(
+    texts: Path, rows: int, inference: bool, key: str
+) -> None:
+    trainer = make_trainer(callbacks=[TestTimeTraining()], inference_mode=inference)
+    with pytest.raises(ConfigError, match=key):
+        trainer.test(make_module(), datamodule=make_data(texts, eval_rows=rows), verbose=False)
+    with pytest.raises(ConfigError, match="lr = -1"):
+        TestTimeTraining(-1)
+
+
+def test_from_the_command_line(texts: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", texts, tmp_path / "runs")
+    assert command("fit", "--config", config, "--trainer.max_steps", 20)[0] == 0
+    arguments = ["test", "--config", config, "--ckpt_path", "last", "--data.eval_rows", 1]
+    rival = "--trainer.callbacks+=memorizing_studies.rivals.test_time_training.TestTimeTraining"
+    code, _, err = command(*arguments, rival)
+    assert code == 2
+    assert "trainer.inference_mode" in err
+    code, out, err = command(*arguments, rival, "--trainer.inference_mode", "false")
+    assert code == 0, err
+    assert "test/perplexity" in out
