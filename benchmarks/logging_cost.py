@@ -4,7 +4,7 @@
 
 Logging at its defaults is rare, so its cost drowns in the noise of the steps between. The runs with
 logging therefore log ``--more`` times as often, and their extra time is divided by as much.
-Validation is left out of the steps; what its figure costs is measured apart.
+Validation is left out of the steps; what its figure costs is measured separately.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/recall.py --keys keys.pt --slots 8192 65536 --out runs/bench
 
-Recall is the share of the true neighbours, by fp32 keys, that are found; beside the mean stands the
+Recall is the share of the true neighbours, by fp32 keys, that are found; next to the mean is the
 worst of the eight heads. ``keys.pt`` is what ``real_keys.py`` wrote; random keys without.
 
 With TRITON_INTERPRET=1 in the environment, and Triton installed, the fused kernel takes part, which

@@ -1,4 +1,4 @@
-"""Bring the tables of docs/results.md in line with the raw results beside it.
+"""Bring the tables of docs/results.md in line with the raw results next to it.
 
     python benchmarks/results_page.py
 

@@ -1,6 +1,6 @@
 """What stale pairs cost: drift by age, recall, and loss against a refreshed memory.
 
-    python benchmarks/staleness.py --run runs/quickstart/version_0    # goes on from its weights
+    python benchmarks/staleness.py --run runs/quickstart/version_0    # continues from its weights
     python benchmarks/staleness.py --steps 1500 --rates 1e-2          # from scratch
 
 Trains at several learning rates. At evenly spread steps the weights are frozen, and the next

@@ -1,4 +1,4 @@
-"""Time of a whole training step: with memory and without, and against the PyTorch port of the idea.
+"""Time of a complete training step: with memory, without, and of the PyTorch port of the idea.
 
     python benchmarks/step.py
 

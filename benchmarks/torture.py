@@ -93,7 +93,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def content(root: Path) -> dict[str, Any]:
-    """All that a run's newest checkpoint says of how it goes on."""
+    """All that decides how a run resumes from its newest checkpoint."""
     folder = candidates(root / "version_0" / "checkpoints")[0]
     verify(folder)
     checkpoint = torch.load(folder / TRAINER_FILE, weights_only=True)

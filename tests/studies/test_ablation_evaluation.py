@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_studies.ablation import evaluation
 from memorizing_studies.ablation.evaluation import MeasuredSearch, load_weights
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.memory import Memory, Neighbours
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
+from memorizing_transformers.training.checkpoint import folder
 
 
 def half_search(queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
@@ -47,11 +47,11 @@ def net(seed: int, **memory: Any) -> Transformer:
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stores a network's weights as a checkpoint's trainer part."""
-    monkeypatch.setattr(evaluation.checkpoints, "open_folder", lambda folder: {})
+    monkeypatch.setattr(folder, "verify", lambda path, names: {})
 
     def save(network: Transformer) -> Path:
         state = {f"net.{name}": tensor for name, tensor in network.state_dict().items()}
-        torch.save({"state_dict": state}, tmp_path / evaluation.checkpoints.TRAINER_FILE)
+        torch.save({"state_dict": state}, tmp_path / folder.TRAINER_FILE)
         return tmp_path
 
     return save

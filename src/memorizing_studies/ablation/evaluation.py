@@ -18,8 +18,8 @@ from memorizing_transformers.memory.search.recall import measured_recall
 from memorizing_transformers.model import MemorizingNet
 from memorizing_transformers.model.renamed import with_current_names
 from memorizing_transformers.training.callbacks.timing import TimedSearch, wait_for
-from memorizing_transformers.training.checkpoint import folder as checkpoints
 from memorizing_transformers.training.checkpoint.export import TOKENIZER_KEY, is_packed
+from memorizing_transformers.training.checkpoint.folder import open_checkpoint
 
 RECALL_EVERY = 16
 """Recall is measured at one of 16 searches of a layer."""
@@ -43,9 +43,7 @@ def load_weights(
     Raises:
         UserError: naming the weights that do not fit, or because the token ids mean other text.
     """
-    checkpoints.open_folder(folder)
-    file = folder / checkpoints.TRAINER_FILE
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    checkpoint = open_checkpoint(folder)
     packed = checkpoint.get(TOKENIZER_KEY)
     if packed is not None and tokenizer is not None and not is_packed(packed, tokenizer):
         raise UserError("from: the checkpoint has another tokenizer, so its ids mean other text")
@@ -60,7 +58,7 @@ def load_weights(
     misfit = [n for n in own if n in saved and saved[n].shape != own[n].shape]
     for what, names in (
         ("lacks", lacking),
-        ("has besides", surplus),
+        ("also has", surplus),
         ("has another shape of", misfit),
     ):
         if names:

@@ -41,7 +41,7 @@ def _policy(script: str) -> str:
 
 
 def facts(report: Report) -> dict[str, Any]:
-    """What the page says beside the arrays."""
+    """What the page says in addition to the arrays."""
     settings = report.settings
     largest = report.readings[-1]
     use = largest.use

@@ -1,6 +1,6 @@
 """Documents: text sources, tokenizers, the token store, the row plan and the DataModule.
 
-The names below are imported on first use, so that preparing text needs neither torch nor Lightning.
+The names below are imported on first use, so that preparing text does not need torch or Lightning.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     Every number is an integer: a trainer that computes in a short dtype converts those that are
     not.
 
-    A row's segment is filled from the left; padding stands only behind a document's end and has the
+    A row's segment is filled from the left; padding is only after a document's end and has the
     target ``IGNORE_INDEX``. A row with nothing left to read has ``document == -1`` and no target.
     """
 

@@ -63,7 +63,7 @@ class MemoryBank:
 
         Args:
             pairs: what the forward pass of the segment returned.
-            mask: (B, N) bool, True at real tokens; padding stands only at the right. None for all.
+            mask: (B, N) bool, True at real tokens; padding only at the right. None for all.
             token_ids: (B, N) the tokens of the segment, kept to explain retrievals later.
             step: the training step, kept to tell how stale a pair is.
 

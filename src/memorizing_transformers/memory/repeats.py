@@ -101,7 +101,7 @@ class _Chains:
         Args:
             hashes: (B', O, T).
             numbers: (B', T) ascending.
-            there: (B', T) bool; the others are in no chain and stand behind those that are.
+            there: (B', T) bool; the others are in no chain and come after those that are.
             owners: (B',) the row of the memory of each row, None for the same.
         """
         hashes = hashes.masked_fill(~there[:, None], 2**TABLE_BITS)

@@ -67,8 +67,8 @@ class Memory:
         self.oldest = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) the first pair that was not dropped; those before it are never retrieved."""
         self.document = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        """(B,) changes whenever a row does not continue what it held, for an index built beside the
-        ring; not part of what defines the memory."""
+        """(B,) changes whenever a row does not continue what it held, for an index that is derived
+        from the ring; not part of what defines the memory."""
         self._most_written = 0
         self._snapshots: WeakSet[Snapshot] = WeakSet()
 

@@ -147,7 +147,7 @@ class MemoryLayerAttention(Attention):
         memory: Memory | None = None,
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
-        """Attend; reads ``cache`` and ``memory`` and changes neither."""
+        """Attend; reads ``cache`` and ``memory`` and changes nothing."""
         if memory is None:
             return super().forward(x, cache)
         q, k, v = self.project(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def first_distances(num_buckets: int, max_distance: int) -> tuple[int, ...]:
     """The first distance of every bucket but bucket 0, ascending.
 
-    Found in whole numbers: a logarithm rounds differently from device to device, and a distance
+    Computed in integers: a logarithm rounds differently from device to device, and a distance
     that is an exact power could fall on either side of its boundary.
     """
     exact = num_buckets // 2

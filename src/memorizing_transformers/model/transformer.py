@@ -68,7 +68,7 @@ class Layer(nn.Module):
             read = copy(cache)
             attended, pairs, retrieval = checkpoint(attend, x, read, memory, use_reentrant=False)
         else:
-            # A search is dear and its outcome small: keep it rather than search twice.
+            # A search takes long and its result is small: keep it instead of searching twice.
             attended, pairs, retrieval = attend(x, cache, memory, input_ids)
         x = x + self.dropout(attended)
         fed = checkpoint(self.feed, x, use_reentrant=False) if recompute else self.feed(x)
@@ -215,7 +215,7 @@ class Transformer(MemorizingNet):
     def forward(self, input_ids: Tensor, memory: MemoryBank | None = None) -> ModelOutput:
         """Read a segment.
 
-        Padding may stand at the right of a row: nothing before it sees it; leave it out when
+        Padding may be at the right of a row: no token before it sees it. Leave it out when
         committing.
 
         Args:

@@ -38,7 +38,7 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 class SaveRunConfig(SaveConfigCallback):
     """Saves the resolved config of a training run and gives the settings to its loggers. Other
-    commands do neither."""
+    commands do nothing."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing yet: a refused start must not overwrite the config of an earlier run."""

@@ -80,12 +80,7 @@ class ShardedStrategy(ModelParallelStrategy):
         Raises:
             UserError: where the checkpoint is damaged or none of ours.
         """
-        folder = Path(self.broadcast(checkpoint_path))
-        manifest = checkpoints.open_folder(folder)
-        file = folder / checkpoints.TRAINER_FILE
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint[checkpoints.FOLDER_KEY] = {"path": str(folder), "manifest": manifest}
-        return checkpoint
+        return checkpoints.open_checkpoint(Path(self.broadcast(checkpoint_path)))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Every rank takes its shard of the weights."""
@@ -147,7 +142,7 @@ def is_sharded(net: MemorizingNet) -> bool:
 def gathered_gradients(net: MemorizingNet, rank: int) -> dict[str, Tensor]:
     """By parameter its gradient; if sharded, gathered on rank 0 alone (a collective)."""
     named = net.named_parameters()
-    found = {name: whole(p.grad) for name, p in named if p.grad is not None}
+    found = {name: full_tensor(p.grad) for name, p in named if p.grad is not None}
     return found if rank == 0 or not is_sharded(net) else {}
 
 
@@ -159,7 +154,7 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return moved
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter, gathered where it is sharded (then a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -47,8 +47,8 @@ def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> lis
     for split, value in given.items():
         if value is not None:
             origin = Origin(f"data.{split}_source", value)
-            source = _open_whole(origin, settings, split, cache_dir)
-            readings.append(_whole(source, split, origin))
+            source = _open_all(origin, settings, split, cache_dir)
+            readings.append(_undivided(source, split, origin))
             open_splits.remove(split)
 
     origin = Origin("data.source", settings.source)
@@ -57,17 +57,17 @@ def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> lis
         for split in open_splits[1:]:
             own = hub.split(split)
             if own is not None:
-                readings.append(_whole(own, split, origin))
+                readings.append(_undivided(own, split, origin))
                 open_splits.remove(split)
         main: Source = hub.require("train")
     else:
-        main = _open_whole(origin, settings, "train", cache_dir)
+        main = _open_all(origin, settings, "train", cache_dir)
     _keep_apart(main, readings, origin)
 
     shares = {split: settings.fractions[split] for split in open_splits[1:]}
     shares = {split: share for split, share in shares.items() if share > 0}
     if not shares:
-        readings.append(_whole(main, "train", origin))
+        readings.append(_undivided(main, "train", origin))
     elif settings.source == STDLIB:
         readings.append(_standard_library_reading(main, tuple(shares), origin))
     else:
@@ -160,7 +160,7 @@ def _fill_empty_splits(points: Mapping[str, float], shares: Mapping[str, float])
         if members[split]:
             continue
         donor = max(order, key=lambda other: len(members[other]))
-        # Splits lie side by side on the interval: the nearest document stands at the donor's edge.
+        # Splits are neighbours on the interval: the nearest document is at the donor's edge.
         name = members[donor].pop(0 if order.index(donor) > order.index(split) else -1)
         members[split].append(name)
         moved[name] = split
@@ -178,7 +178,7 @@ def _standard_library_reading(
     return SplitSource(source, ("train", *held_out), split_of, rule, origin)
 
 
-def _whole(source: Source, split: str, origin: Origin) -> SplitSource:
+def _undivided(source: Source, split: str, origin: Origin) -> SplitSource:
     return SplitSource(source, (split,), lambda name: split, f"all to {split}", origin)
 
 
@@ -213,7 +213,7 @@ def _shared(source: Source, others: Iterable[SplitSource]) -> dict[Hashable, str
     return {place: other.origin.key for other in others for place in other.source.places() & own}
 
 
-def _open_whole(
+def _open_all(
     origin: Origin, settings: SourceSettings, role: str, cache_dir: Path | None
 ) -> Source:
     if origin.value == STDLIB:

@@ -1,8 +1,8 @@
 """Approximate search in one pass: the best slot of each of L buckets, then the top-k of those.
 
 Chern et al., "TPU-KNN: K Nearest Neighbor Search at Peak FLOP/s", 2022. A neighbour is lost when a
-better one shares its bucket. Slot i is in bucket i mod L with L odd, so that neither consecutive
-tokens nor tokens at the same offset of two segments, which resemble each other, share a bucket.
+better one shares its bucket. Slot i is in bucket i mod L with L odd, so that consecutive tokens do
+not share a bucket, and tokens at the same offset of two segments do not: their keys are similar.
 """
 
 from __future__ import annotations

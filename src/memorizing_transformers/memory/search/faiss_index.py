@@ -1,9 +1,9 @@
 """Search through faiss indexes on the host, first in, first out, for very large memories.
 
 Each row and head owns a queue of sealed sub-indexes, each over a run of consecutive pairs, and the
-youngest pairs, which are scanned. A sub-index whose pairs have all left the ring is dropped whole;
-of the oldest one, the pairs that left are masked by number. So nothing is ever removed from within
-an index (HNSW cannot, and IVF would pass over everything), and a reset drops a queue: O(1).
+newest pairs, which are scanned. A sub-index is dropped when all its pairs have left the ring. In
+the oldest one, the pairs that left are masked by number. So no pair is ever removed from an index
+(HNSW cannot do so, and IVF would read everything), and a reset drops a queue: O(1).
 
 Indexes follow the ring by reading it: a search first seals what was written since the last one.
 """

@@ -15,7 +15,7 @@ from ...memory import Memory, MemoryBank, Neighbours
 from ...memory.search import is_approximate
 from ...memory.search.recall import measured_recall
 from ...model import MemorizingNet, ModelOutput, Retrieval
-from ..sharded import whole
+from ..sharded import full_tensor
 from .observer import Observer, WarnOnce, log_scalars, tensorboards
 
 RECALL_QUERIES = 16
@@ -61,7 +61,7 @@ def learned_gates(net: MemorizingNet) -> dict[int, Tensor]:
     A collective if weights are sharded.
     """
     shares = {layer: reader.gate.learned() for layer, reader in net.readers().items()}
-    return {layer: whole(share) for layer, share in shares.items() if share is not None}
+    return {layer: full_tensor(share) for layer, share in shares.items() if share is not None}
 
 
 class RetrievalLogging(Observer):

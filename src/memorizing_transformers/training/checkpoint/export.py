@@ -13,7 +13,7 @@ from torch import Tensor
 from ...data.tokens.tokenizers import fingerprint_tokenizer, load_tokenizer
 from ...errors import ConfigError
 from ...pretrained.hub import MemorizingTransformer
-from .folder import TRAINER_FILE, DamagedCheckpoint, explain_damage, verify
+from .folder import open_checkpoint
 
 SETTINGS_KEY = "model_settings"
 """Where a checkpoint keeps the fields of ``ModelConfig``."""
@@ -58,12 +58,7 @@ def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer
     """
     if not Path(ckpt_path).is_dir():
         raise ConfigError("ckpt_path", str(ckpt_path), "there is no such checkpoint folder")
-    try:
-        verify(Path(ckpt_path), [TRAINER_FILE])
-    except DamagedCheckpoint as error:
-        raise explain_damage(Path(ckpt_path), error) from error
-    file = Path(ckpt_path, TRAINER_FILE)
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = open_checkpoint(Path(ckpt_path))
     saved = checkpoint[SETTINGS_KEY]
     memory = {**saved["memory"], **overrides.pop("memory", {})}
     settings = {**saved, **overrides, "memory": memory}

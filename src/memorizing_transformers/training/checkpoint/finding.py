@@ -15,7 +15,7 @@ from .folder import MANIFEST, TRAINER_FILE, candidates, is_complete, read_manife
 PARTS = (MANIFEST, TRAINER_FILE)
 KEY = "ckpt_path"
 ANY_RUN = "version_N"
-"""Stands in a path for the folder of any run."""
+"""In a path, any folder of a run."""
 
 
 def resolve_checkpoint(

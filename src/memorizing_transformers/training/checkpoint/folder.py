@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import ConfigError, UserError
 from .. import locks
 from .file_system import digest, sync, walk, write_json
@@ -271,8 +273,14 @@ def explain_damage(folder: Path, error: DamagedCheckpoint) -> UserError:
     return UserError(f"ckpt_path: {error}; {remedy}")
 
 
-def open_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose trainer's part agrees with its digest.
+def open_checkpoint(folder: Path, mmap: bool = True) -> dict[str, Any]:
+    """The trainer's part of a checkpoint, verified, on the CPU; no code of the file is executed.
+
+    Its ``FOLDER_KEY`` holds the folder and its manifest.
+
+    Args:
+        folder: the checkpoint.
+        mmap: whether tensors stay in the file until they are read.
 
     Raises:
         UserError: where the checkpoint is damaged or none of ours.
@@ -281,6 +289,9 @@ def open_folder(folder: Path) -> dict[str, Any]:
         remedy = "not a checkpoint of this project, which are folders with a manifest.json"
         raise ConfigError("ckpt_path", str(folder), remedy)
     try:
-        return verify(folder, [TRAINER_FILE])
+        manifest = verify(folder, [TRAINER_FILE])
     except DamagedCheckpoint as error:
         raise explain_damage(folder, error) from error
+    file = folder / TRAINER_FILE
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    return {**checkpoint, FOLDER_KEY: {"path": str(folder), "manifest": manifest}}

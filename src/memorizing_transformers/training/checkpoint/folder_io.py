@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from . import folder as checkpoints
@@ -43,12 +42,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
             UserError: where the checkpoint is damaged or none of ours.
         """
         self.writer.wait()
-        folder = Path(self.agree(path))
-        manifest = checkpoints.open_folder(folder)
-        file = folder / checkpoints.TRAINER_FILE
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint[checkpoints.FOLDER_KEY] = {"path": str(folder), "manifest": manifest}
-        return checkpoint
+        return checkpoints.open_checkpoint(Path(self.agree(path)), mmap=False)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove every part, the manifest first, once all that was to be written before is there.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -49,9 +48,7 @@ class Weights(NamedTuple):
 
 
 def _of_checkpoint(folder: Path) -> Weights:
-    checkpoints.verify(folder, [checkpoints.TRAINER_FILE])
-    file = folder / checkpoints.TRAINER_FILE
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = checkpoints.open_checkpoint(folder)
     named = checkpoint["state_dict"].items()
     tensors = {k.removeprefix("net."): value for k, value in named if k.startswith("net.")}
     tensors = with_current_names(tensors)

@@ -2,7 +2,7 @@
 
 For each row and head: scores of a chunk of queries against a span of slots, block by block, each
 block's scores folded to the maxima of its buckets while they are still in the cache. Which members
-of the best buckets to look at afterwards is all that sets the two searches apart.
+of the best buckets to look at afterwards is the only difference of the two searches.
 
 The members of a bucket are spread evenly over their block, at an odd distance in slots.
 
@@ -30,7 +30,7 @@ AT_ONCE = 2**20
 QUERIES_PER_THREAD = 128
 """Queries of a chunk: as many as keep the matrix product fast, for scores must stay in cache."""
 STAGGER = 64
-"""Unused scores between rows, which a power of two apart would crowd the same lines of a cache."""
+"""Unused scores between rows: with a power of two, all rows would use the same cache lines."""
 
 
 def num_blocks(count: int, width: int) -> int:
@@ -42,7 +42,7 @@ def odd_stride(stride: int) -> int:
     """A distance of a bucket's members, at least ``stride``, that suits keys from a text.
 
     Tokens at the same place of different segments lack the same context, so their keys resemble
-    each other: an odd number keeps apart what lies a power of two apart.
+    each other: an odd number separates slots whose distance is a power of two.
     """
     return stride | 1
 
@@ -55,7 +55,7 @@ class HostScan:
         buckets: buckets that a head's slots are split into, of which only the best member counts;
             or None for an exact search, which looks at every member of the best buckets.
         dtype: what scores are computed in.
-        score_bytes: bytes of scores that may live at once; beside them lives one head's keys in
+        score_bytes: bytes of scores held at once, in addition to one head's keys in
             ``dtype``.
     """
 
@@ -86,7 +86,7 @@ class HostScan:
             members = members_for(found)
             if self.buckets is not None:
                 members = max(1, min(MOST_MEMBERS, used // self.buckets))
-            # Strides are rounded up, and the last block of a span may be padded to a whole one.
+            # Strides are rounded up, and the last block of a span may be padded to a complete one.
             needed = chunk * (span + 2 * members * num_blocks(chunk, span) + STAGGER)
             if scratch.numel() < needed:
                 scratch = torch.empty(needed, dtype=self.dtype)

@@ -1,7 +1,7 @@
 """A rough scan of a memory in 8-bit integers, on a CPU, its candidates scored again in fp32.
 
 A CPU multiplies bytes about four times as fast as fp32 numbers. Keys are taken less their mean,
-which moves all scores of a query alike and leaves more of the 8 bits to what tells keys apart.
+which changes all scores of a query alike and leaves more of the 8 bits to the differences of keys.
 Slots are split into small buckets of distant members, and every member of the best buckets is
 scored again. So a neighbour is never lost to a better one in its bucket, only to the rounding.
 
@@ -39,7 +39,7 @@ NONE = -LARGEST_SCORE - 1
 SAMPLE = 4096
 """Keys that their mean and spread are taken from; the mean need not be exact."""
 CLIP = 8.0
-"""Root mean squares from which on an entry of a key is cut, lest one outlier blur all others."""
+"""Root mean squares at which an entry of a key is cut, so that an outlier does not blur others."""
 
 
 def has_fast_int8() -> bool:
@@ -177,7 +177,7 @@ def quantized_search(queries: Tensor, memory: Readable, top_k: int, score_bytes:
         queries: (B, G, Q, D).
         memory: what is searched.
         top_k: neighbours a query.
-        score_bytes: bytes of scores that may live at once; beside them live one head's keys in
+        score_bytes: bytes of scores held at once, in addition to one head's keys in
             bytes.
     """
     batch, groups, count, _ = queries.shape

@@ -77,7 +77,7 @@ def largest_in_buckets(
 
     Args:
         scores: (..., M).
-        first: (..., C) where the first member of each chosen bucket stands.
+        first: (..., C) where the first member of each chosen bucket is.
         stride: from one member to the next.
         members: members of a bucket.
         top_k: at most C * members.

@@ -1,11 +1,10 @@
 """Scores and bucket maxima in one pass over the memory: a Triton kernel for the bucketed search.
 
 A program holds a block of queries, walks over the memory once, and keeps the best slot of each of
-its buckets in registers: nothing but these candidates is ever written. A bucket's slots stand L
-apart, L being the number of buckets. Factors are rounded to bfloat16 and summed in fp32.
+its buckets in registers: only these candidates are written. Two slots of a bucket are L slots
+apart; L is the number of buckets. Factors are rounded to bfloat16 and summed in fp32.
 
-Correct under Triton's interpreter, and compiled for compute capability 8.0 and 9.0 without spilled
-registers; not yet run on a GPU.
+Correct under Triton's interpreter; not yet run on a GPU.
 
 Shapes: B rows, G key/value heads, Q queries, M slots, D head width, L buckets.
 """
