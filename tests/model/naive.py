@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memorizing_transformers.model import ModelConfig, Transformer, copying
+from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.model.attention import Attention
 
 Found = list[list[tuple[Tensor, list[int]]]]
@@ -202,7 +202,8 @@ def copied(
     if "neighbours" in sources:
         source = sources["neighbours"]
         for head, (weights, places) in enumerate(found):
-            weights, places = weights[: copying.NEAREST], places[: copying.NEAREST]
+            nearest = model.config.memory.copy_top_k
+            weights, places = weights[:nearest], places[:nearest]
             for kind in (0, 1):
                 logit = source.log_odds[kind, head] + source.hidden[kind] @ hidden
                 logit = logit + source.sharpness[kind, head] * weights.max().detach()

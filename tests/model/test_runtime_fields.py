@@ -56,6 +56,7 @@ OTHER_MEMORY: dict[str, Any] = {
     "candidates": 3,
     "copy": ["repeats"],
     "copy_init": 0.5,
+    "copy_top_k": 1,
     "dropout": 0.5,
 }
 REACHES = {"size", "top_k", "candidates", "fixed_value", "dtype", "xl_cache"}

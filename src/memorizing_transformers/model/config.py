@@ -85,6 +85,8 @@ class MemoryConfig:
             (neighbours), and the tokens that followed where the last tokens occurred before in the
             memory and the segment (repeats). [] builds no copy head.
         copy_init: Initial weight of each of them, between 0 and 1.
+        copy_top_k: Number of neighbours of each head, the best first, whose tokens may be copied.
+            Fewer make a step faster. Default: top_k.
         dropout: Share of the rows that read no memory in a training step, drawn at random.
         dtype: Storage type of keys and values: float32, bfloat16, or int8 with one scale per
             vector. Run-time setting.
@@ -117,6 +119,7 @@ class MemoryConfig:
     candidates: int = field(default=1, metadata=RUNTIME)
     copy: list[CopyName] = field(default_factory=list)
     copy_init: float = field(default=0.02, metadata=RUNTIME)
+    copy_top_k: int | None = field(default=None, metadata=RUNTIME)
     dropout: float = field(default=0.0, metadata=RUNTIME)
     dtype: StorageName = field(default="float32", metadata=RUNTIME)
     device: Literal["model", "cpu"] = field(default="model", metadata=RUNTIME)
@@ -153,6 +156,8 @@ class MemoryConfig:
             _choose(prefix + "copy", name, COPY_NAMES)
         for key, least in (("match_length", 0), ("candidates", 1)):
             _at_least(prefix + key, getattr(self, key), least)
+        if self.copy_top_k is not None:
+            _at_least(prefix + "copy_top_k", self.copy_top_k, 1)
         if not 0 < self.copy_init < 1:
             raise ConfigError(prefix + "copy_init", self.copy_init, "must lie between 0 and 1")
         if not 0 <= self.dropout < 1:

@@ -18,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..memory import Readable, RepeatSearch
+from .config import MemoryConfig
 from .reader import Retrieval
 
 CHUNK = 64
 """Tokens of a segment whose logits are held in fp32 at once."""
-
-NEAREST = 8
-"""Neighbours of each head, the best first, whose tokens may be copied. More gain little."""
 
 DENSE = 16
 """Tokens of the vocabulary for each candidate up to which a table of all is faster than sorting."""
@@ -51,6 +49,11 @@ class CopyInputs(NamedTuple):
         return self.logits.gather(-1, tokens).float() - self.log_total[..., None]
 
 
+def _odds(weight: float) -> float:
+    """Of a candidate's weight in the mixture, its odds against the model."""
+    return weight / (1 - weight)
+
+
 class NeighbourCopies(nn.Module):
     """The tokens of the best pairs that the memory layer's heads retrieved, and those after them.
 
@@ -60,19 +63,21 @@ class NeighbourCopies(nn.Module):
     Args:
         num_heads: query heads H of the memory layer.
         d_model: width of the hidden states.
-        start: odds of all candidates together at the start.
+        config: the memory's settings.
     """
 
-    def __init__(self, num_heads: int, d_model: int, start: float) -> None:
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
         super().__init__()
-        self.log_odds = nn.Parameter(torch.full((2, num_heads), math.log(start / 2 / num_heads)))
+        self.nearest = config.copy_top_k
+        start = math.log(_odds(config.copy_init) / 2 / num_heads)
+        self.log_odds = nn.Parameter(torch.full((2, num_heads), start))
         self.sharpness = nn.Parameter(torch.zeros(2, num_heads))
         """How much a head's largest attention weight adds to its log odds."""
         self.hidden = nn.Parameter(torch.zeros(2, d_model))
 
     def forward(self, inputs: CopyInputs) -> tuple[Tensor, Tensor]:
-        """Tokens and odds (B, N, 2 H C), C the smaller of K and ``NEAREST``."""
-        memory, slots = inputs.memory, inputs.found.slots[..., :NEAREST]
+        """Tokens and odds (B, N, 2 H C), C = K or ``copy_top_k``."""
+        memory, slots = inputs.memory, inputs.found.slots[..., : self.nearest]
         own = memory.token_ids.long()
         # The newest pair is followed by the segment's first token, which every query knows.
         newest = (memory.written - memory.origin - 1) % memory.size
@@ -81,7 +86,7 @@ class NeighbourCopies(nn.Module):
         tokens = torch.stack(
             [x.gather(1, slots.flatten(1)).view(slots.shape) for x in (own, after)]
         )
-        weights = inputs.found.weights[..., :NEAREST].to(inputs.hidden.device)
+        weights = inputs.found.weights[..., : self.nearest].to(inputs.hidden.device)
         sharpness = weights.detach().amax(-1)
         log_odds = self.log_odds[:, None, :, None] + self.sharpness[:, None, :, None] * sharpness
         log_odds = log_odds + (inputs.hidden @ self.hidden.t()).permute(2, 0, 1)[:, :, None]
@@ -100,14 +105,14 @@ class RepeatCopies(nn.Module):
     Args:
         num_heads: not used.
         d_model: width of the hidden states.
-        start: odds of all candidates together at the start.
+        config: the memory's settings.
     """
 
-    def __init__(self, num_heads: int, d_model: int, start: float) -> None:
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
         super().__init__()
         self.search = RepeatSearch()
         lengths = torch.arange(self.search.longest + 1.0)
-        self.log_odds = nn.Parameter(torch.full_like(lengths, math.log(start)))
+        self.log_odds = nn.Parameter(torch.full_like(lengths, math.log(_odds(config.copy_init))))
         """By the longest match."""
         self.by_length = nn.Parameter(math.log(2) * lengths)
         """Log weight of a candidate by its match; at first a token more doubles it."""
@@ -152,16 +157,16 @@ class CopyHead(nn.Module):
     Where a row's memory is empty, nothing is changed.
 
     Args:
-        sources: names of ``COPIES``.
         num_heads: query heads H of the memory layer.
         d_model: width of the hidden states.
-        start: weight of each source at the start, between 0 and 1.
+        config: the memory's settings; ``copy`` names the sources, of ``COPIES``.
     """
 
-    def __init__(self, sources: list[str], num_heads: int, d_model: int, start: float) -> None:
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
         super().__init__()
-        odds = start / (1 - start)
-        self.sources = nn.ModuleDict({x: COPIES[x](num_heads, d_model, odds) for x in sources})
+        self.sources = nn.ModuleDict(
+            {name: COPIES[name](num_heads, d_model, config) for name in config.copy}
+        )
 
     def forward(
         self, logits: Tensor, hidden: Tensor, input_ids: Tensor, memory: Readable, found: Retrieval

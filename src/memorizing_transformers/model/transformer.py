@@ -122,9 +122,7 @@ class Transformer(MemorizingNet):
         self.copy_head: CopyHead | None = None
         memory = config.memory
         if memory.copy and config.memory_layers:
-            self.copy_head = CopyHead(
-                memory.copy, config.num_heads, config.d_model, memory.copy_init
-            )
+            self.copy_head = CopyHead(config.num_heads, config.d_model, memory)
         self.register_load_state_dict_pre_hook(_rename)
         self.init_weights()
 

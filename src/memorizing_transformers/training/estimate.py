@@ -134,7 +134,7 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
         MemoryReader(*heads, config.d_model, memory, search) for _ in config.memory_layers
     ]
     if memory.copy and own:
-        own.append(CopyHead(memory.copy, config.num_heads, config.d_model, memory.copy_init))
+        own.append(CopyHead(config.num_heads, config.d_model, memory))
     total = config.num_layers * layer + sum(p.numel() for x in own for p in x.parameters())
     return total + (vocab_size + 1) * config.d_model
 
