@@ -2,8 +2,8 @@
 
     python benchmarks/step_profile.py --slots 0 8192 65536
 
-Milliseconds of two training steps' mean, by operator, each less the operators that it calls. What
-under "not in torch" is Python, numpy's sort and the profiler itself.
+Milliseconds of two training steps' mean, by operator, each less the operators that it calls. The
+line "not in torch" is Python, numpy's sort and the profiler itself.
 """
 
 from __future__ import annotations

@@ -88,6 +88,35 @@ def test_the_trained_weights_come_back(texts: Path) -> None:
     assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
 
 
+def test_the_trained_weights_come_back_after_an_error(texts: Path) -> None:
+    class Stop(Callback):
+        def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+            if trainer.test_loop.batch_progress.current.ready > 3:
+                raise RuntimeError("stopped here")
+
+    module, data = make_module(), make_data(texts, eval_rows=1)
+    make_trainer(inference_mode=False).test(module, datamodule=data, verbose=False)
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    trainer = make_trainer(callbacks=[TestTimeTraining(0.3), Stop()], inference_mode=False)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        trainer.test(module, datamodule=data, verbose=False)
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+
+
+def test_it_computes_in_the_precision_of_the_trainer(texts: Path) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watch(Callback):
+        def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net.register_forward_hook(lambda *args: seen.append(args[2].logits.dtype))
+
+    callbacks = [Watch(), TestTimeTraining(0.1)]
+    trainer = make_trainer(callbacks=callbacks, inference_mode=False, precision="bf16-mixed")
+    trainer.test(make_module(), datamodule=make_data(texts, eval_rows=1), verbose=False)
+    assert len(seen) > 2
+    assert set(seen) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("rows", "inference", "key"),
     [(1, True, "trainer.inference_mode = True"), (3, False, "data.eval_rows = 3")],
@@ -98,8 +127,12 @@ def test_what_it_cannot_do_ends_in_one_line(
     trainer = make_trainer(callbacks=[TestTimeTraining()], inference_mode=inference)
     with pytest.raises(ConfigError, match=key):
         trainer.test(make_module(), datamodule=make_data(texts, eval_rows=rows), verbose=False)
-    with pytest.raises(ConfigError, match="lr = -1"):
-        TestTimeTraining(-1)
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_ends_in_one_line(lr: float) -> None:
+    with pytest.raises(ConfigError, match=f"lr = {lr}"):
+        TestTimeTraining(lr)
 
 
 def test_from_the_command_line(texts: Path, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def read_document(
         # Torch has no error of its own for what cannot be allocated, or not even be counted.
         remedy = "there is no room for so many slots; give fewer"
         raise ConfigError("memory_sizes", size, remedy) from error
-    local = {layer: tokens.to(memory.device) for layer, memory in bank.memories.items()}
+    placed = {layer: tokens.to(memory.device) for layer, memory in bank.memories.items()}
     for start in range(0, len(ids) - 1, segment):
         # The document's last token predicts nothing.
         inputs = tokens[start : min(start + segment, len(ids) - 1)]
@@ -208,7 +208,7 @@ def read_document(
         trace.nats[start + 1 : start + 1 + len(inputs)] = nats[0].cpu().numpy()
         for number, layer in enumerate(trace.layers):
             memory = bank.memories[layer]
-            record(trace, number, output.retrievals[layer], memory, local[layer], start)
+            record(trace, number, output.retrievals[layer], memory, placed[layer], start)
         bank.commit(output.pairs, token_ids=inputs[None])
         advance(len(inputs))
     return trace

@@ -1,12 +1,13 @@
-"""Test-time training: weights that go on learning while they read a document.
+"""Test-time training: weights that continue to learn while they read a document.
 
-After each segment one step of gradient descent on its loss, so later segments profit from it; each
-document starts from the trained weights. Known as dynamic evaluation (Mikolov et al., 2010; Krause
+After each segment, one step of gradient descent on its loss, so later segments profit from it. Each
+document starts with the trained weights. Known as dynamic evaluation (Mikolov et al., 2010; Krause
 et al., 2018). It remembers in weights what a memory keeps as pairs.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,105 +19,80 @@ from memorizing_transformers.errors import ConfigError
 
 
 class TestTimeTraining(Callback):
-    """Trains on each test segment after its loss was measured; every document starts afresh.
+    """Trains on each segment after its loss was measured, in ``test`` and ``predict``.
 
-    Acts in ``test`` and ``predict`` and needs ``data.eval_rows=1``, because the rows of a batch
-    share their weights, and ``trainer.inference_mode=false``, because it needs gradients. Together
-    with a memory the weights change under the stored pairs.
+    Each document starts with the trained weights, and they come back at the end. Needs
+    ``data.eval_rows=1``, because the rows of a batch share their weights, and
+    ``trainer.inference_mode=false``, because it needs gradients. With a memory, stored pairs stay
+    as they are while the weights change.
 
     Args:
         lr: Step size of gradient descent on the mean loss of a segment's tokens.
     """
 
-    __test__ = False  # not a test, whatever its name
+    __test__ = False  # pytest would collect it for its name
 
     def __init__(self, lr: float = 0.1) -> None:
-        if not lr >= 0:
-            raise ConfigError("TestTimeTraining.lr", lr, "must be at least 0")
+        if not 0 <= lr < math.inf:
+            raise ConfigError("TestTimeTraining.lr", lr, "must be a number of at least 0")
         self.lr = lr
-        self._start: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor | None] = {}
 
-    def _begin(self, trainer: Trainer) -> None:
+    @torch.no_grad()
+    def _restore(self, module: Any) -> None:
+        for name, tensor in self._trained.items():
+            module.net.get_parameter(name).copy_(tensor)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to start without gradients."""
         loops: Any = trainer
         loop = loops.test_loop if trainer.testing else loops.predict_loop
         if loop.inference_mode:
             raise ConfigError(
                 "trainer.inference_mode", True, "must be false to train while reading"
             )
-        self._start = {}
-
-    @torch.no_grad()
-    def _restore(self, module: Any) -> None:
-        for name, parameter in module.net.named_parameters():
-            parameter.copy_(self._start[name])
-
-    def _differentiate(self, module: Any, stage: str, batch: Batch) -> None:
-        if batch.input_ids.shape[0] != 1:
-            rows = batch.input_ids.shape[0]
-            raise ConfigError("data.eval_rows", rows, "must be 1: rows would share their weights")
-        module.prepare_bank(stage, batch)
-        if not self._start:
-            self._start = {name: x.detach().clone() for name, x in module.net.named_parameters()}
-        if batch.reset.any():
-            self._restore(module)
-        trained = {n: p for n, p in module.net.named_parameters() if p.requires_grad}
-        with torch.enable_grad():
-            _, losses = module.read(stage, batch)
-            loss = losses.sum() / batch.mask.sum().clamp(min=1)
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        self._gradients = dict(zip(trained, found, strict=True))
-
-    @torch.no_grad()
-    def _descend(self, module: Any) -> None:
-        for name, parameter in module.net.named_parameters():
-            gradient = self._gradients.get(name)
-            if gradient is not None:
-                parameter.sub_(gradient, alpha=self.lr)
-        self._gradients = {}
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to start without gradients."""
-        self._begin(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to start without gradients."""
-        self._begin(trainer)
 
     def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: Any, **__: Any
     ) -> None:
         """Restore the weights where a document begins; find the gradient before the commit."""
-        self._differentiate(pl_module, "test", batch)
+        module: Any = pl_module
+        rows = batch.input_ids.shape[0]
+        if rows != 1:
+            raise ConfigError("data.eval_rows", rows, "must be 1: rows would share their weights")
+        stage = "test" if trainer.testing else "predict"
+        module.prepare_bank(stage, batch)
+        if not self._trained:
+            # Not at the start: the module takes the weights of ``init_from`` after that hook.
+            named = module.net.named_parameters()
+            self._trained = {name: x.detach().clone() for name, x in named if x.requires_grad}
+        if batch.reset.any():
+            self._restore(module)
+        learning = [module.net.get_parameter(name) for name in self._trained]
+        with torch.enable_grad(), trainer.precision_plugin.forward_context():
+            _, losses = module.read(stage, batch)
+            loss = losses.sum() / batch.mask.sum().clamp(min=1)
+            found = torch.autograd.grad(loss, learning, allow_unused=True)
+        self._gradients = dict(zip(self._trained, found, strict=True))
 
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    @torch.no_grad()
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Restore the weights where a document begins; find the gradient before the commit."""
-        self._differentiate(pl_module, "predict", batch)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Learn from the segment, after its loss was measured."""
-        self._descend(pl_module)
+        module: Any = pl_module
+        for name, gradient in self._gradients.items():
+            if gradient is not None:
+                module.net.get_parameter(name).sub_(gradient, alpha=self.lr)
+        self._gradients = {}
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Learn from the segment, after its loss was measured."""
-        self._descend(pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Give the trained weights back."""
         self._restore(pl_module)
+        self._trained, self._gradients = {}, {}
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the trained weights back."""
-        self._restore(pl_module)
+    on_predict_start = on_test_start
+    on_predict_batch_start = on_test_batch_start
+    on_predict_batch_end = on_test_batch_end
+    on_predict_end = on_exception = on_test_end

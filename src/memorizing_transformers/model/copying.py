@@ -76,7 +76,7 @@ class NeighbourCopies(nn.Module):
         self.hidden = nn.Parameter(torch.zeros(2, d_model))
 
     def forward(self, inputs: CopyInputs) -> tuple[Tensor, Tensor]:
-        """Tokens and odds (B, N, 2 H C), C = K or ``copy_top_k``."""
+        """Tokens and odds (B, N, 2 H C), C the smaller of K and ``copy_top_k``."""
         memory, slots = inputs.memory, inputs.found.slots[..., : self.nearest]
         own = memory.token_ids.long()
         # The newest pair is followed by the segment's first token, which every query knows.

@@ -37,8 +37,8 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config of a training run and gives the settings to its loggers. Other
-    commands do nothing."""
+    """Saves the resolved config of a training run and gives the settings to its loggers. In
+    other commands it does nothing."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing yet: a refused start must not overwrite the config of an earlier run."""
