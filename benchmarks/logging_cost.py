@@ -52,7 +52,6 @@ def build(args: argparse.Namespace, folder: str, more: float) -> tuple[MemoryCLI
         "limit_val_batches": 0,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "enable_checkpointing": False,
         "default_root_dir": folder,
     }
     given = [f"--trainer.{key}={value}" for key, value in options.items()]

@@ -175,6 +175,9 @@ def main() -> None:
     parser.add_argument("--cache_dir", type=Path, help="the config's own unless given")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     given = parser.parse_args()
+    parts = 1 if given.run else 3
+    if not parts <= given.probes <= given.steps:
+        parser.error(f"--probes {given.probes}: give {parts} to --steps ({given.steps})")
     facts = measure.circumstances()
     probes = [given.steps * (turn + 1) // given.probes for turn in range(given.probes)]
     probed, trained = [], []
@@ -183,7 +186,6 @@ def main() -> None:
             trained.append(run(rate, given, [] if control else probes, **control))
             if not control:
                 probed.append(trained[-1])
-            parts = 1 if given.run else 3
             text = table_of_probes(probed, given.steps, parts) + "\n\n" + table_of_runs(trained)
             settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
             content = {"circumstances": facts, "settings": settings, "runs": trained}

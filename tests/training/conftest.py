@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,3 +53,11 @@ def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def config(texts: Path, tmp_path: Path) -> Path:
     """A config whose runs go to ``tmp_path / "runs"``."""
     return write_config(tmp_path / "config.yaml", texts, tmp_path / "runs")
+
+
+@pytest.fixture
+def checkpoint(run: Run, tmp_path: Path) -> Path:
+    """A copy of a finished run's checkpoint."""
+    copy = tmp_path / "step=24.ckpt"
+    shutil.copytree(run.checkpoint, copy)
+    return copy
