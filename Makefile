@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all lint format type bench torture lines all-keys clean
+.PHONY: help venv quickstart test test-all lint format type bench torture lines all-keys smollm2 clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A stamp is written last, so an interrupted install is done again.
 .venv/.runtime: requirements.txt pyproject.toml
@@ -54,6 +54,10 @@ lines: ## Count the lines of code of each room
 
 all-keys: .venv/.dev ## Write configs/all-keys.yaml again, after a key or its help changed
 	$(BIN)/python tools/all_keys.py
+
+smollm2: .venv/.dev ## Make data/models/smollm2-135m, a pretrained model of 135M weights
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet gguf==0.19.0 accelerate==1.15.0
+	$(BIN)/python tools/smollm2.py
 
 clean: ## Remove caches; .venv, runs/ and data/ stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build

@@ -20,13 +20,16 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, launchers
 from torchmetrics import Metric
+from transformers import PreTrainedConfig, PreTrainedModel
 
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGES = tuple(folder.name for folder in SOURCE.iterdir() if (folder / "__init__.py").is_file())
 
 USED: dict[str, Callable[[], Any]] = {
     "_actions": ArgumentParser,
+    "_attn_implementation": PreTrainedConfig,
     "_apply": lambda: Metric,
+    "_can_set_attn_implementation": lambda: PreTrainedModel,
     "_can_stop_early": lambda: Trainer(logger=False, enable_checkpointing=False).fit_loop,
     "_checkpoint_connector": lambda: Trainer(logger=False, enable_checkpointing=False),
     "_data_parallel_size": ModelParallelStrategy,

@@ -12,15 +12,25 @@ if TYPE_CHECKING:
     from .memory import MemoryBank
     from .model import MemoryConfig, ModelConfig
     from .pretrained.hub import MemorizingTransformer
+    from .pretrained.memorized import MemorizedModel, memorize
 
 _HOMES = {
+    "MemorizedModel": ".pretrained.memorized",
     "MemorizingTransformer": ".pretrained.hub",
     "MemoryBank": ".memory",
     "MemoryConfig": ".model",
     "ModelConfig": ".model",
+    "memorize": ".pretrained.memorized",
 }
 
-__all__ = ["MemorizingTransformer", "MemoryBank", "MemoryConfig", "ModelConfig"]
+__all__ = [
+    "MemorizedModel",
+    "MemorizingTransformer",
+    "MemoryBank",
+    "MemoryConfig",
+    "ModelConfig",
+    "memorize",
+]
 
 
 def __getattr__(name: str) -> Any:

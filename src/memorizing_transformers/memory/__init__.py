@@ -6,6 +6,7 @@ Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 from .attend import MemoryAttention, attend, merge
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
+from .placed import PlacedMemory
 from .refresh import drop_drifted, refresh
 from .repeats import Repeats, RepeatSearch
 from .ring import Memory
@@ -22,6 +23,7 @@ __all__ = [
     "MemoryView",
     "Neighbours",
     "Pairs",
+    "PlacedMemory",
     "Readable",
     "RepeatSearch",
     "Repeats",

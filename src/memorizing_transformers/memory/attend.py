@@ -33,7 +33,11 @@ class MemoryAttention(NamedTuple):
 
 
 def attend(
-    queries: Tensor, memory: Readable, neighbours: Neighbours, bias: Tensor | None = None
+    queries: Tensor,
+    memory: Readable,
+    neighbours: Neighbours,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> MemoryAttention:
     """Softmax attention of live queries over their neighbours, in fp32.
 
@@ -42,6 +46,8 @@ def attend(
         memory: where the neighbours live.
         neighbours: what the search found.
         bias: (B, G, Q, K) added to the scores, or None.
+        softcap: bound c of the scores, which become ``c tanh(score / c)`` before the bias is added,
+            or None.
     """
     slots, valid = neighbours
     slots = slots.masked_fill(~valid, 0)
@@ -53,6 +59,8 @@ def attend(
     with torch.autocast(queries.device.type, enabled=False):
         keys = keys_of(memory, slots, counted, reading)
         scores = dots(queries.float(), keys)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias
         found = valid.any(-1)

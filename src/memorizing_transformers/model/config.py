@@ -65,8 +65,9 @@ class MemoryConfig:
             addition to the keys of one head. Default: 32 MiB on a CPU, 64 MiB on other devices.
         combine: How the output of the memory and of local attention are combined. gate learns one
             number per head. fixed uses fixed_value for all heads. content computes the share from
-            the token's hidden state. joint uses one softmax over retrieved and local keys. evidence
-            computes the share from the hidden state and from the scores of both.
+            the token's hidden state. joint uses one softmax over retrieved and local keys.
+            joint-bias is joint with a learned bias per head on retrieved keys. evidence computes
+            the share from the hidden state and from the scores of both.
         fixed_value: Share of the memory if combine is fixed, from 0 to 1.
         gate_init: Initial share of the memory if combine is gate, content or evidence, between
             0 and 1.

@@ -125,6 +125,23 @@ class JointGate(Gate):
         return torch.sigmoid(evidence.memory_mass - evidence.local_mass)
 
 
+class JointBiasGate(JointGate):
+    """One softmax over retrieved and local keys, with a learned bias per head on the retrieved.
+
+    ``share = sigmoid(b + memory_mass - local_mass)``. b starts at 0, where this is ``JointGate``.
+    """
+
+    def __init__(self, num_heads: int, d_model: int, config: MemoryConfig) -> None:
+        super().__init__(num_heads, d_model, config)
+        self.bias = nn.Parameter(torch.zeros(num_heads))
+
+    def share(self, hidden: Tensor, evidence: Evidence) -> Tensor:
+        """(B, H, N)."""
+        assert evidence.local_mass is not None
+        bias = self.bias.float()[:, None]
+        return torch.sigmoid(bias + evidence.memory_mass - evidence.local_mass)
+
+
 class EvidenceGate(Gate):
     """A share per head and token, from the hidden state and from what was found.
 
@@ -170,6 +187,7 @@ GATES: dict[str, type[Gate]] = {
     "fixed": FixedGate,
     "content": ContentGate,
     "joint": JointGate,
+    "joint-bias": JointBiasGate,
     "evidence": EvidenceGate,
 }
 """By their name in ``model.memory.combine``."""

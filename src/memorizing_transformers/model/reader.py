@@ -88,6 +88,8 @@ class MemoryReader(nn.Module):
         self.log_temperature: nn.Parameter | None = None
         if config.temperature:
             self.log_temperature = nn.Parameter(torch.zeros(num_heads))
+        self.softcap: float | None = None
+        """Bound of the scores, for a pretrained model that bounds its own."""
 
     def biases(
         self, input_ids: Tensor | None, memory: Readable, slots: Tensor
@@ -150,6 +152,7 @@ class MemoryReader(nn.Module):
             memory,
             Neighbours(grouped(slots), grouped(valid)),
             None if bias is None else grouped(bias),
+            self.softcap,
         )
         found = MemoryAttention(*(x.reshape(*shape[:3], *x.shape[3:]) for x in found))
         match = None

@@ -1,0 +1,283 @@
+"""A pretrained model with a memory.
+
+Shapes: B rows, N segment, W cached tokens, V vocabulary, H query heads, G key/value heads, D head
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..memory import (
+    STORAGE_DTYPES,
+    MemoryBank,
+    PlacedMemory,
+    SegmentPairs,
+    make_search,
+)
+from ..model import MemorizingNet, MemoryConfig, ModelOutput
+from ..model.reader import MemoryReader
+from .hook import LayerHook, Segment, attention_modules
+from .induction import induction_layers
+from .rotation import RotaryCalls
+from .sink_cache import SinkCache
+
+DEFAULTS = {"combine": "joint-bias", "temperature": True}
+"""Settings of a pretrained model's memory that differ from those of our own models: with them, an
+untrained memory is one softmax over local and retrieved keys."""
+
+
+class MemorizedModel(MemorizingNet):
+    """A model of transformers whose memory layers reach far back; ``memorize`` makes it.
+
+    Without a bank it is the model as it was, bit for bit. With one, ``forward`` reads a segment at
+    positions 0 to N - 1 and changes nothing; ``bank.commit(output.pairs)`` writes.
+
+    Args:
+        base: the model, a decoder with a language-modelling head.
+        memory: the memory's settings; ``memory.layers`` are the memory layers.
+        xl_cache: cached tokens W of every layer.
+        position: where retrieved keys are: at their true distance (at most the window that the
+            model was trained on), or all at the start of the segment.
+        skip_first: pairs at the start of a segment that are never stored, and pairs at the start
+            of a document that stay in the XL cache.
+
+    Raises:
+        ConfigError: where the family is not supported, or a setting cannot work.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        memory: MemoryConfig,
+        xl_cache: int = 0,
+        position: Literal["distance", "start"] = "distance",
+        skip_first: int = 1,
+    ) -> None:
+        super().__init__()
+        memory.validate("memory.")
+        self._check_settings(memory, xl_cache, position, skip_first)
+        modules = attention_modules(base)
+        self.base, self.memory_config = base, memory
+        self.xl_cache, self.position, self.skip_first = xl_cache, position, skip_first
+        kind: Any = base.config.get_text_config()  # type: ignore[union-attr,operator]
+        self.window = int(getattr(kind, "max_position_embeddings", None) or 2**31)
+        self.num_layers = len(modules)
+        for layer in memory.layers or []:
+            if not -self.num_layers <= layer < self.num_layers:
+                remedy = f"each must lie between 0 and {self.num_layers - 1}, or count from -1 down"
+                raise ConfigError("layers", memory.layers, remedy)
+        self.memory_layers = tuple(sorted({x % self.num_layers for x in memory.layers or []}))
+        self._calls = RotaryCalls(base)
+        self._hooks = {
+            layer: LayerHook(module, self._calls, self.window, position == "distance")
+            for layer, module in sorted(modules.items())
+            if xl_cache or layer in self.memory_layers
+        }
+        self._shapes = self._check_rotation(kind.vocab_size)
+        search = make_search(memory.search, memory.recall_target, memory.search_bytes)
+        heads, width = kind.num_attention_heads, kind.hidden_size
+        for layer in self.memory_layers:
+            reader = MemoryReader(heads, self._shapes[layer][0], width, memory, search)
+            reader.softcap = getattr(kind, "attn_logit_softcapping", None)
+            modules[layer].memory_reader = reader.to(self.device)
+        self._modules_by_layer = {layer: modules[layer] for layer in self.memory_layers}
+
+    @staticmethod
+    def _check_settings(
+        memory: MemoryConfig, xl_cache: int, position: str, skip_first: int
+    ) -> None:
+        if position not in ("distance", "start"):
+            raise ConfigError("position", position, "must be distance or start")
+        for name, value in (("xl_cache", xl_cache), ("skip_first", skip_first)):
+            if value < 0:
+                raise ConfigError(name, value, "must be at least 0")
+        refused = {"position_bias": "none", "match_length": 0, "copy": [], "candidates": 1}
+        for name, only in refused.items():
+            given = getattr(memory, name)
+            if given != only:
+                remedy = f"must be {only}: a pretrained model brings its own positions and head"
+                raise ConfigError(f"memory.{name}", given, remedy)
+
+    @torch.no_grad()
+    def _check_rotation(self, vocabulary: int) -> dict[int, tuple[int, int]]:
+        """By layer key/value heads G and width D, after a check that keys can be turned back.
+
+        Raises:
+            ConfigError: where the same tokens at other positions give other keys at position 0.
+        """
+        generator = torch.Generator().manual_seed(0)
+        count = min(12, self.window - 4)
+        ids = torch.randint(vocabulary, (1, count), generator=generator).to(self.device)
+        training, self.base.training = self.base.training, False
+        was = {module: module.training for module in self.base.modules()}
+        self.base.eval()
+        passes = []
+        for offset in (0, 3):
+            segment = Segment({}, {})
+            places = torch.arange(count, device=self.device)[None] + offset
+            self._run(segment, ids, position_ids=places)
+            passes.append((segment.pairs, {n: hook.rotation for n, hook in self._hooks.items()}))
+        for module, mode in was.items():
+            module.training = mode
+        self.base.training = training
+        (first, turned), (second, _) = passes
+        for layer, (keys, _) in first.items():
+            other = second[layer][0]
+            scale = keys.abs().max().clamp(min=1e-6)
+            rotation = turned[layer]
+            if rotation is None or (keys - other).abs().max() < 0.02 * scale:
+                continue
+            # A layer without rotation is given angles too, in some families.
+            places = torch.arange(count, device=self.device)[None]
+            raw = rotation.to(keys, places)
+            again = rotation.to(other, places + 3)
+            if (raw - again).abs().max() > 0.02 * scale:
+                name = self.base.config.model_type  # type: ignore[union-attr]
+                remedy = f"the keys of layer {layer} cannot be turned back to position 0"
+                raise ConfigError("memorize", name, remedy)
+            self._hooks[layer].rotates = False
+        return {layer: (keys.shape[1], keys.shape[3]) for layer, (keys, _) in first.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.base.parameters()).device
+
+    def _run(self, segment: Segment, input_ids: Tensor, **options: Any) -> Tensor:
+        self._calls.calls = []
+        for hook in self._hooks.values():
+            hook.segment = segment
+        try:
+            logits: Tensor = self.base(input_ids, use_cache=False, **options).logits
+        finally:
+            # Under gradient checkpointing the backward pass computes the layers again.
+            if not (self.training and torch.is_grad_enabled()):
+                self._calls.calls = None
+                for hook in self._hooks.values():
+                    hook.segment = None
+        return logits
+
+    def readers(self) -> dict[int, MemoryReader]:
+        """By layer, what reads the memory."""
+        return {n: m.memory_reader for n, m in self._modules_by_layer.items()}  # type: ignore[misc]
+
+    def architecture(self) -> dict[str, Any]:
+        """What the meaning of the weights depends on."""
+        kept = {f.name for f in fields(MemoryConfig) if not f.metadata}
+        memory = {k: v for k, v in asdict(self.memory_config).items() if k in kept}
+        return {
+            "position": self.position,
+            **{f"memory.{name}": value for name, value in memory.items()},
+            "memory.layers": list(self.memory_layers),
+        }
+
+    def new_memory(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        size: int | None = None,
+    ) -> MemoryBank:
+        """An empty bank.
+
+        Args:
+            batch_size: rows B.
+            device: where the bank is stored. Default: with the weights.
+            size: slots of each memory. 0 switches the memory off and keeps the XL caches. Default:
+                the configured size.
+        """
+        settings, device = self.memory_config, device or self.device
+        place = "cpu" if settings.device == "cpu" else device
+        size = settings.size if size is None else size
+        memories, caches = {}, {}
+        for layer in self.memory_layers if size else ():
+            heads, width = self._shapes[layer]
+            dtype = STORAGE_DTYPES[settings.dtype]
+            shape = (batch_size, heads, size, width, dtype, place)
+            memories[layer] = PlacedMemory(*shape, skip_first=self.skip_first)
+        for layer in self._hooks if self.xl_cache else ():
+            heads, width = self._shapes[layer]
+            dtype = next(self.base.parameters()).dtype
+            cache = (batch_size, heads, self.xl_cache, width, dtype, device)
+            caches[layer] = SinkCache(*cache, sinks=self.skip_first)
+        return MemoryBank(batch_size, memories, caches)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        memory: MemoryBank | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> ModelOutput:
+        """Read a segment and change nothing.
+
+        Args:
+            input_ids: (B, N) int64.
+            memory: the bank of these B rows, or None for the model as it was.
+            attention_mask: (B, N) 1 for tokens, 0 for padding. With a bank, padding must be at the
+                right of a row; no token sees it, and ``memory.commit`` takes the mask to leave it
+                out.
+            options: of the model.
+
+        Raises:
+            ValueError: where ``memory`` holds another number of rows.
+            ConfigError: where padding is not at the right.
+        """
+        if memory is None:
+            self._calls.calls = None
+            for hook in self._hooks.values():
+                hook.segment = None
+            plain = self.base(input_ids, attention_mask=attention_mask, **options)
+            return ModelOutput(plain.logits, SegmentPairs({}, {}))
+        if memory.batch_size != input_ids.shape[0]:
+            rows = input_ids.shape[0]
+            raise ValueError(f"a bank of {memory.batch_size} rows got {rows} rows")
+        if attention_mask is not None and bool((attention_mask.long().diff() > 0).any()):
+            remedy = (
+                "with a memory, padding must be at the right of a row; set "
+                "tokenizer.padding_side = 'right'"
+            )
+            raise ConfigError("attention_mask", attention_mask.tolist(), remedy)
+        caches = {layer: copy(cache) for layer, cache in memory.caches.items()}
+        keeps = self.training or torch.is_grad_enabled()
+        segment = Segment(dict(memory.memories), caches, keeps)
+        logits = self._run(segment, input_ids, **options)
+        retrievals = {layer: found.detach() for layer, found in segment.retrievals.items()}
+        return ModelOutput(logits, SegmentPairs(segment.pairs, segment.pairs), retrievals)
+
+
+def memorize(
+    model: nn.Module,
+    memory: MemoryConfig | Mapping[str, Any] | None = None,
+    layers: Sequence[int] | Literal["auto"] = "auto",
+    xl_cache: int = 0,
+    position: Literal["distance", "start"] = "distance",
+    skip_first: int = 1,
+) -> MemorizedModel:
+    """Give a pretrained model a memory.
+
+    Args:
+        model: a decoder that ``AutoModelForCausalLM.from_pretrained`` loaded.
+        memory: settings of the memory; a mapping gives some of them.
+        layers: the memory layers; negative indices count from the last one. auto takes the layers
+            with induction heads, and prints what it found.
+        xl_cache: tokens of the segment before that every layer still sees. 0 = none.
+        position: where retrieved keys are: at their true distance (distance), but not farther than
+            the model was trained on, or at the start of the segment (start).
+        skip_first: pairs at the start of each segment that are never stored.
+
+    Raises:
+        ConfigError: where the family is not supported, or a setting cannot work.
+    """
+    if not isinstance(memory, MemoryConfig):
+        memory = MemoryConfig(**{**DEFAULTS, **(memory or {})})
+    chosen = induction_layers(model) if layers == "auto" else list(layers)
+    memory.layers = chosen
+    return MemorizedModel(model, memory, xl_cache, position, skip_first)

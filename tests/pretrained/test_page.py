@@ -1,0 +1,28 @@
+"""The snippets of docs/pretrained.md run, on a small model in place of SmolLM2."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from families import tiny
+
+from memorizing_transformers.data.tokens.tokenizers import train_bpe
+
+
+def test_the_snippets_of_the_page_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text("utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 2
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "models" / "smollm2-135m"
+    tokenizer = train_bpe(["It was the best of times, it was the worst of times. " * 4], 270)
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    names: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet, "docs/pretrained.md", "exec"), names)
+    assert names["output"].retrievals
