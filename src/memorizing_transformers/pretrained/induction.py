@@ -28,6 +28,8 @@ TOKENS = 200
 """Random tokens that are read twice."""
 LEAST = 0.25
 """A layer is taken if its best head puts this part of its attention on the right token."""
+SHOWN = 0.1
+"""The same, for a layer to be in the table."""
 
 
 def attention_ahead(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -119,6 +121,8 @@ def induction_layers(model: nn.Module, least: float = LEAST, show: bool = True) 
         title = f"Attention of induction heads (memory layers have a head of {least} or more)"
         table = Table("layer", "best heads", "memory", title=title)
         for layer, values in scores.items():
+            if best[layer] < SHOWN and layer not in chosen:
+                continue
             heads = ", ".join(f"{value:.2f}" for value in values.sort(descending=True).values[:4])
             table.add_row(str(layer), heads, "yes" if layer in chosen else "")
         Console().print(table)
