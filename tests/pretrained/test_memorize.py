@@ -189,7 +189,7 @@ def test_other_families_are_refused_in_one_line(family: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"layers": [2]}, "layers = .2."),
+        ({"layers": [2]}, "memory.layers = .2."),
         ({"layers": [0], "position": "near"}, "position"),
         ({"layers": [0], "xl_cache": -1}, "xl_cache"),
         ({"layers": [0], "skip_first": -1}, "skip_first"),

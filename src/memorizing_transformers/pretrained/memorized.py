@@ -53,6 +53,9 @@ class MemorizedModel(MemorizingNet):
         ConfigError: where the family is not supported, or a setting cannot work.
     """
 
+    prefix = ""
+    """Of the keys in error messages."""
+
     def __init__(
         self,
         base: nn.Module,
@@ -62,7 +65,7 @@ class MemorizedModel(MemorizingNet):
         skip_first: int = 1,
     ) -> None:
         super().__init__()
-        memory.validate("memory.")
+        memory.validate(f"{self.prefix}memory.")
         self._check_settings(memory, xl_cache, position, skip_first)
         modules = attention_modules(base)
         self.base, self.memory_config = base, memory
@@ -73,7 +76,7 @@ class MemorizedModel(MemorizingNet):
         for layer in memory.layers or []:
             if not -self.num_layers <= layer < self.num_layers:
                 remedy = f"each must lie between 0 and {self.num_layers - 1}, or count from -1 down"
-                raise ConfigError("layers", memory.layers, remedy)
+                raise ConfigError(f"{self.prefix}memory.layers", memory.layers, remedy)
         self.memory_layers = tuple(sorted({x % self.num_layers for x in memory.layers or []}))
         self._calls = RotaryCalls(base)
         self._hooks = {
@@ -90,9 +93,8 @@ class MemorizedModel(MemorizingNet):
             modules[layer].memory_reader = reader.to(self.device)
         self._modules_by_layer = {layer: modules[layer] for layer in self.memory_layers}
 
-    @staticmethod
     def _check_settings(
-        memory: MemoryConfig, xl_cache: int, position: str, skip_first: int
+        self, memory: MemoryConfig, xl_cache: int, position: str, skip_first: int
     ) -> None:
         if position not in ("distance", "start"):
             raise ConfigError("position", position, "must be distance or start")
@@ -104,7 +106,7 @@ class MemorizedModel(MemorizingNet):
             given = getattr(memory, name)
             if given != only:
                 remedy = f"must be {only}: a pretrained model brings its own positions and head"
-                raise ConfigError(f"memory.{name}", given, remedy)
+                raise ConfigError(f"{self.prefix}memory.{name}", given, remedy)
 
     @torch.no_grad()
     def _check_rotation(self, vocabulary: int) -> dict[int, tuple[int, int]]:

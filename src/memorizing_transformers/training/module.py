@@ -20,6 +20,7 @@ from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import MemorizingNet, ModelConfig, ModelOutput, Transformer
+from ..pretrained.adapt import AdaptConfig, adapted_model
 from .best_neighbour import best_neighbour
 from .callbacks import MemoryClearing, StalenessControl, StalenessLogging
 from .checkpoint.folder import FOLDER_KEY
@@ -47,6 +48,9 @@ class MemorizingLM(LightningModule):
         init_from: Folder of a checkpoint, or of a model that `export` or ``save_pretrained`` wrote.
             A new run starts with its weights, a fresh optimiser and step 0. Ignored if ckpt_path is
             given. Default: weights drawn by the seed.
+        base: Folder or hub name of a pretrained model of transformers that is given a memory. It
+            sets the size of the model. Default: a model of our own, with weights drawn by the seed.
+        adapt: how that is done.
         settings: the fields of ``ModelConfig``; ``vocab_size`` defaults to the tokenizer's.
     """
 
@@ -58,6 +62,8 @@ class MemorizingLM(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (never changed)
         save_memory: bool = True,
         init_from: str | None = None,
+        base: str | None = None,
+        adapt: AdaptConfig = AdaptConfig(),  # noqa: B008 (never changed)
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -67,6 +73,8 @@ class MemorizingLM(LightningModule):
         self.optimizer_config = optimizer
         self.save_memory = save_memory
         self.init_from = init_from
+        adapt.validate(base, init_from)
+        self.base, self.adapt = base, adapt
         self._resume: dict[str, Any] | None = None
         self._has_weights = init_from is None
         self._accumulating = False
@@ -99,12 +107,7 @@ class MemorizingLM(LightningModule):
             UserError: if there is none.
         """
         self.banks.clear()
-        callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
-        if not any(isinstance(callback, MemoryClearing) for callback in callbacks):
-            raise UserError(
-                "trainer.callbacks: MemoryClearing is missing, so a document would read the memory "
-                "of the one before it; let MemorizingLM.configure_callbacks return it"
-            )
+        MemoryClearing.require(getattr(self.trainer, "callbacks", []))
 
     @property
     def datamodule(self) -> Any:
@@ -117,8 +120,10 @@ class MemorizingLM(LightningModule):
         return getattr(self.datamodule, "text_tokenizer", None)
 
     def build_net(self) -> MemorizingNet:
-        """The network that ``self.config`` describes."""
-        return Transformer(self.config)
+        """The network that ``self.config`` describes, or the pretrained one with its memory."""
+        if self.base is None:
+            return Transformer(self.config)
+        return adapted_model(self.base, self.config, self.adapt, self.tokenizer)
 
     @property
     def memory_layers(self) -> list[int]:
@@ -243,11 +248,7 @@ class MemorizingLM(LightningModule):
         output, nll = self.read("train", batch)
         loss = nll.sum() / batch.targets.numel()
         if not torch.isfinite(loss):
-            raise UserError(
-                f"train/loss = {loss.item()} at step {self.global_step}: try a lower "
-                f"model.optimizer.lr (now {self.optimizer_config.lr}), a longer warm-up, or "
-                "trainer.gradient_clip_val=1; the last checkpoint is not affected"
-            )
+            raise self.optimizer_config.diverged(float(loss), self.global_step)
         for look in self.observers:
             look(batch, self.banks["train"], output)
         self.commit("train", batch, output)

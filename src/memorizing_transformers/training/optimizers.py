@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -102,6 +102,13 @@ class OptimizerConfig:
             raise ConfigError("model.optimizer.name", self.name, remedy)
         return found
 
+    def diverged(self, loss: float, step: int) -> UserError:
+        """The error of a loss that is not finite."""
+        return UserError(
+            f"train/loss = {loss} at step {step}: try a lower model.optimizer.lr (now {self.lr}), "
+            "a longer warm-up, or trainer.gradient_clip_val=1; the last checkpoint is not affected"
+        )
+
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimiser over groups of parameters."""
         betas = {"betas": self.betas} if self.name == "adamw" else {}
@@ -112,7 +119,8 @@ class OptimizerConfig:
 def is_memory_number(name: str) -> bool:
     """Whether a parameter is one of the memory's own numbers, and no kernel that reads tokens."""
     *path, last = name.split(".")
-    return bool({"reader", "copy_head"} & {*path}) and last != "hidden" and "linear" not in path
+    own = bool({"reader", "memory_reader", "copy_head"} & {*path})
+    return own and last != "hidden" and "linear" not in path
 
 
 def parameter_groups(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ...data.batch import Batch
+from ...errors import UserError
 
 
 class MemoryClearing(Callback):
@@ -15,6 +17,19 @@ class MemoryClearing(Callback):
     Training keeps its bank over steps and epochs. Each pass over an evaluation split starts with a
     new bank and drops it at the end.
     """
+
+    @staticmethod
+    def require(callbacks: Iterable[Any]) -> None:
+        """Refuse to run without this callback.
+
+        Raises:
+            UserError: if none of ``callbacks`` is one.
+        """
+        if not any(isinstance(callback, MemoryClearing) for callback in callbacks):
+            raise UserError(
+                "trainer.callbacks: MemoryClearing is missing, so a document would read the memory "
+                "of the one before it; let MemorizingLM.configure_callbacks return it"
+            )
 
     @staticmethod
     def _prepare(module: Any, stage: str, batch: Batch) -> None:

@@ -1,0 +1,197 @@
+"""A pretrained model is trained, saved and resumed as our own models are."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from memorizing_transformers.data import DocumentDataModule
+from memorizing_transformers.data.tokens.tokenizers import train_bpe
+from memorizing_transformers.errors import ConfigError, UserError
+from memorizing_transformers.model import MemoryConfig
+from memorizing_transformers.pretrained.adapt import AdaptConfig, AdaptedModel
+from memorizing_transformers.training.checkpoint.folder import open_checkpoint
+from memorizing_transformers.training.module import MemorizingLM
+from memorizing_transformers.training.optimizers import OptimizerConfig
+from memorizing_transformers.training.trainer import MemoryTrainer
+
+WORDS = "abcd efgh ijkl mnop qrst uvwx"
+KINDS = ["gates", "projections", "lora", "all"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, a base and another base of the same shapes."""
+    home = tmp_path_factory.mktemp("pretrained")
+    (home / "texts").mkdir()
+    draw = random.Random(0)
+    for index in range(12):
+        text = " ".join(draw.choice(WORDS.split()) for _ in range(40 + 10 * index))
+        (home / "texts" / f"{index}.txt").write_text(text, "utf-8")
+    tokenizer = train_bpe([WORDS * 4], 270)
+    for name, scale in (("base", 1.0), ("other", 1.01)):
+        model = tiny("llama", vocab_size=len(tokenizer))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(scale)  # type: ignore[union-attr,operator]
+        model.save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    return home
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def module_of(home: Path, base: str = "base", train: str = "gates", **options: Any) -> MemorizingLM:
+    memory = {"size": 64, "top_k": 4, "combine": "joint-bias", "temperature": True, "layers": [1]}
+    settings = {"xl_cache": 8, "memory": MemoryConfig(**{**memory, **options.pop("memory", {})})}
+    torch.manual_seed(0)
+    return MemorizingLM(
+        OptimizerConfig(lr=1e-2, schedule="constant", warmup_steps=0),
+        base=str(home / base),
+        adapt=AdaptConfig(train=train),  # type: ignore[arg-type]
+        **{**settings, **options},
+    )
+
+
+def data_of(home: Path, **options: Any) -> DocumentDataModule:
+    settings = {
+        "tokenizer": str(home / "base"),
+        "batch_rows": 2,
+        "segment_length": 16,
+        "validation_fraction": 0.2,
+        "test_fraction": 0.2,
+        "cache_dir": str(home / "cache"),
+        "num_workers": 1,
+    }
+    return DocumentDataModule(str(home / "texts"), **{**settings, **options})
+
+
+def trainer_of(*callbacks: Callback, steps: int = 6) -> MemoryTrainer:
+    return MemoryTrainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        max_steps=steps,
+        limit_val_batches=2,
+        callbacks=[*callbacks],
+    )
+
+
+def fit(
+    home: Path, folder: Path, steps: int = 6, resume: Path | None = None, **options: Any
+) -> tuple[MemorizingLM, list[float]]:
+    losses = Losses()
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+    module = module_of(home, **options)
+    trainer_of(losses, keep, steps=steps).fit(module, datamodule=data_of(home), ckpt_path=resume)
+    return module, losses.values
+
+
+@pytest.mark.parametrize("train", KINDS)
+def test_what_is_trained_changes_and_is_saved_and_nothing_else(
+    home: Path, tmp_path: Path, train: str
+) -> None:
+    if train == "lora":
+        pytest.importorskip("peft")
+    module, _ = fit(home, tmp_path, train=train)
+    before = module_of(home, train=train)
+    before.trainer = trainer_of()  # type: ignore[assignment]
+    before.configure_model()
+    now, then = dict(module.net.named_parameters()), dict(before.net.named_parameters())
+    changed = {name for name in now if not torch.equal(now[name], then[name])}
+    net = module.net
+    assert isinstance(net, AdaptedModel)
+    # LoRA's first matrix gets a gradient only once the second is not 0; all are trained.
+    assert changed <= net.trained
+    assert {n for n in net.trained if "memory_reader" in n} <= changed
+    saved = open_checkpoint(tmp_path / "step=6.ckpt")["state_dict"]
+    assert {name.removeprefix("net.") for name in saved} == net.trained
+    kinds = {"gates": "memory_reader", "projections": "self_attn", "lora": "lora_", "all": "mlp"}
+    assert any(kinds[train] in name for name in changed)
+    if train == "projections":
+        assert all("layers.1.self_attn" in name for name in net.trained)
+
+
+@pytest.mark.parametrize("train", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_resumes_bit_for_bit(
+    home: Path, tmp_path: Path, train: str, checkpointing: bool
+) -> None:
+    if train == "lora":
+        pytest.importorskip("peft")
+    options = {"train": train, "activation_checkpointing": checkpointing}
+    unbroken, expected = fit(home, tmp_path / "a", **options)
+    resumed, losses = fit(home, tmp_path / "b", resume=tmp_path / "a" / "step=3.ckpt", **options)
+    assert losses == expected[3:]
+    for name, parameter in unbroken.net.named_parameters():
+        assert torch.equal(parameter, resumed.net.get_parameter(name)), name
+    for name, tensor in unbroken.banks["train"].tensors().items():
+        assert torch.equal(tensor, resumed.banks["train"].tensors()[name]), name
+
+
+def test_activations_that_are_computed_again_give_the_same_losses(
+    home: Path, tmp_path: Path
+) -> None:
+    _, expected = fit(home, tmp_path / "a", train="all")
+    _, losses = fit(home, tmp_path / "b", train="all", activation_checkpointing=True)
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_of_another_base_is_refused(home: Path, tmp_path: Path) -> None:
+    fit(home, tmp_path, steps=3)
+    module = module_of(home, base="other")
+    with pytest.raises(UserError, match=r"model\.base = "):
+        trainer_of().test(module, data_of(home), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+
+
+def test_a_test_without_training_and_predictions_work(home: Path, tmp_path: Path) -> None:
+    module = module_of(home)
+    trainer = trainer_of()
+    found = trainer.test(module, data_of(home), verbose=False)[0]
+    module.memory_size = 0
+    without = trainer.test(module, data_of(home), verbose=False)[0]
+    assert found["test/loss"] != without["test/loss"]
+    module.memory_size = None
+    (batch, *_) = trainer.predict(module, data_of(home))  # type: ignore[misc]
+    assert batch["loss"].shape == (2, 16)  # type: ignore[index,call-overload]
+    assert 1 in batch["best"]  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"d_model": 64}, "model.d_model = 64"),
+        ({"dropout": 0.1}, "model.dropout = 0.1"),
+        ({"compile": True}, "model.compile"),
+        ({"memory": {"refresh_every_n_steps": 2}}, "refresh_every_n_steps"),
+        ({"memory": {"copy": ["repeats"]}}, "model.memory.copy"),
+        ({"base": "nothing"}, "model.base"),
+        ({"init_from": "somewhere"}, "model.init_from"),
+    ],
+)
+def test_settings_that_a_base_does_not_take_are_named(
+    home: Path, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        trainer_of().test(module_of(home, **options), data_of(home), verbose=False)
+
+
+def test_data_with_another_tokenizer_are_refused(home: Path) -> None:
+    data = data_of(home, tokenizer="bytes")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer.*model\.base"):
+        trainer_of().test(module_of(home), data, verbose=False)
