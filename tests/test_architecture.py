@@ -121,3 +121,9 @@ def test_no_file_name_stands_for_two_ideas() -> None:
     names = [path.name for path in (*FILES, *(SOURCE.parent / STUDIES).rglob("*.py"))]
     twice = {name for name in names if names.count(name) > 1}
     assert twice <= {"__init__.py", "commands.py"}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports them all as top-level modules, so the second one stops the whole run."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
 
+from .errors import ConfigError
 from .failures import run, take_debug_flag
 from .parsing import OneLineParser
 
@@ -48,6 +49,9 @@ def estimate(config: list[str]) -> None:
 
     cli = read_config(config)
     data, module = cli.datamodule, cli.model
+    if module.base is not None:
+        remedy = "estimate knows the costs of our own models only; leave it out"
+        raise ConfigError("model.base", module.base, remedy)
     vocab_size = module.config.vocab_size or data.expected_vocab_size
     lines = cost(
         module.config,
@@ -62,7 +66,8 @@ def estimate(config: list[str]) -> None:
 def export(ckpt_path: str, out: str) -> None:
     """Write a checkpoint's model as safetensors, with its configuration and tokenizer.
 
-    Read it back with MemorizingTransformer.from_pretrained(out).
+    Read it back with MemorizingTransformer.from_pretrained(out). Of a pretrained model with a
+    memory only what was trained is written: read it back with MemorizedModel.from_pretrained(out).
 
     Example: python -m memorizing_transformers export --ckpt_path last.ckpt --out model/
 

@@ -2,104 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import tiny
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from base_runs import KINDS, data_of, fit, module_of, trainer_of
 
-from memorizing_transformers.data import DocumentDataModule
-from memorizing_transformers.data.tokens.tokenizers import train_bpe
 from memorizing_transformers.errors import ConfigError, UserError
-from memorizing_transformers.model import MemoryConfig
-from memorizing_transformers.pretrained.adapt import AdaptConfig, AdaptedModel
+from memorizing_transformers.pretrained.adapt import AdaptedModel
 from memorizing_transformers.training.checkpoint.folder import open_checkpoint
-from memorizing_transformers.training.module import MemorizingLM
-from memorizing_transformers.training.optimizers import OptimizerConfig
-from memorizing_transformers.training.trainer import MemoryTrainer
-
-WORDS = "abcd efgh ijkl mnop qrst uvwx"
-KINDS = ["gates", "projections", "lora", "all"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with texts, a base and another base of the same shapes."""
-    home = tmp_path_factory.mktemp("pretrained")
-    (home / "texts").mkdir()
-    draw = random.Random(0)
-    for index in range(12):
-        text = " ".join(draw.choice(WORDS.split()) for _ in range(40 + 10 * index))
-        (home / "texts" / f"{index}.txt").write_text(text, "utf-8")
-    tokenizer = train_bpe([WORDS * 4], 270)
-    for name, scale in (("base", 1.0), ("other", 1.01)):
-        model = tiny("llama", vocab_size=len(tokenizer))
-        with torch.no_grad():
-            model.lm_head.weight.mul_(scale)  # type: ignore[union-attr,operator]
-        model.save_pretrained(home / name)
-        tokenizer.save_pretrained(home / name)
-    return home
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        self.values.append(float(outputs["loss"]))
-
-
-def module_of(home: Path, base: str = "base", train: str = "gates", **options: Any) -> MemorizingLM:
-    memory = {"size": 64, "top_k": 4, "combine": "joint-bias", "temperature": True, "layers": [1]}
-    settings = {"xl_cache": 8, "memory": MemoryConfig(**{**memory, **options.pop("memory", {})})}
-    torch.manual_seed(0)
-    return MemorizingLM(
-        OptimizerConfig(lr=1e-2, schedule="constant", warmup_steps=0),
-        base=str(home / base),
-        adapt=AdaptConfig(train=train),  # type: ignore[arg-type]
-        **{**settings, **options},
-    )
-
-
-def data_of(home: Path, **options: Any) -> DocumentDataModule:
-    settings = {
-        "tokenizer": str(home / "base"),
-        "batch_rows": 2,
-        "segment_length": 16,
-        "validation_fraction": 0.2,
-        "test_fraction": 0.2,
-        "cache_dir": str(home / "cache"),
-        "num_workers": 1,
-    }
-    return DocumentDataModule(str(home / "texts"), **{**settings, **options})
-
-
-def trainer_of(*callbacks: Callback, steps: int = 6) -> MemoryTrainer:
-    return MemoryTrainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        max_steps=steps,
-        limit_val_batches=2,
-        callbacks=[*callbacks],
-    )
-
-
-def fit(
-    home: Path, folder: Path, steps: int = 6, resume: Path | None = None, **options: Any
-) -> tuple[MemorizingLM, list[float]]:
-    losses = Losses()
-    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
-    module = module_of(home, **options)
-    trainer_of(losses, keep, steps=steps).fit(module, datamodule=data_of(home), ckpt_path=resume)
-    return module, losses.values
 
 
 @pytest.mark.parametrize("train", KINDS)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from memorizing_transformers.data.sources.documents import first_line
 from memorizing_transformers.errors import ConfigError, UserError
 from memorizing_transformers.pretrained.hub import MemorizingTransformer
+from memorizing_transformers.pretrained.memorized import MemorizedModel
 from memorizing_transformers.training.checkpoint.export import load_model
 from memorizing_transformers.training.checkpoint.folder import read_manifest
 
@@ -26,8 +27,10 @@ from .trace import read_document
 PAGE = "index.html"
 LINES = "tokens.jsonl"
 
+AnyModel = MemorizingTransformer | MemorizedModel
 
-def load(ckpt_path: str) -> tuple[MemorizingTransformer, dict[str, Any]]:
+
+def load(ckpt_path: str) -> tuple[AnyModel, dict[str, Any]]:
     """The model of a checkpoint or of a folder of ``save_pretrained``, and what its manifest says.
 
     Raises:
@@ -35,7 +38,10 @@ def load(ckpt_path: str) -> tuple[MemorizingTransformer, dict[str, Any]]:
     """
     folder = Path(ckpt_path)
     manifest: dict[str, Any] = {}
-    if (folder / "config.json").is_file():
+    model: AnyModel
+    if (folder / "memorized.json").is_file():
+        model = MemorizedModel.from_pretrained(folder)
+    elif (folder / "config.json").is_file():
         try:
             model = MemorizingTransformer.from_pretrained(folder).eval()
         except ConfigError as error:
@@ -49,7 +55,7 @@ def load(ckpt_path: str) -> tuple[MemorizingTransformer, dict[str, Any]]:
     return model, manifest
 
 
-def choose_sizes(memory_sizes: str | None, model: MemorizingTransformer) -> list[int]:
+def choose_sizes(memory_sizes: str | None, model: AnyModel) -> list[int]:
     """The sizes to read with, ascending.
 
     Args:
@@ -132,14 +138,14 @@ def prepare_folder(out: str) -> Path:
     return folder
 
 
-def learned_gates(model: MemorizingTransformer) -> dict[int, list[float]]:
+def learned_gates(model: AnyModel) -> dict[int, list[float]]:
     """By memory layer the share of each head that was learned; {} where it is not a number."""
     shares = {layer: reader.gate.learned() for layer, reader in model.readers().items()}
     return {layer: share.tolist() for layer, share in shares.items() if share is not None}
 
 
 def examine(
-    model: MemorizingTransformer,
+    model: AnyModel,
     tokens: TokenizedText,
     segment: int,
     sizes: Sequence[int],
@@ -222,7 +228,7 @@ def inspect(
     if not 1 <= retrieved <= top_k:
         raise ConfigError("retrieved", retrieved, f"must lie between 1 and top_k ({top_k})")
     tokens = tokenize(model.tokenizer, text)
-    check_tokens(tokens, document, model.embedding.num_embeddings, segment)
+    check_tokens(tokens, document, model.config.vocab_size or 0, segment)
     folder = prepare_folder(out)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

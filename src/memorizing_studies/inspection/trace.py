@@ -22,6 +22,7 @@ from torch import Tensor
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.memory import Memory
 from memorizing_transformers.model import Retrieval, Transformer
+from memorizing_transformers.pretrained.memorized import MemorizedModel
 
 NOT_FOUND = -1
 """The position of a neighbour that is not there, because the memory still held too few pairs."""
@@ -96,7 +97,7 @@ def distance_edges(length: int, per_octave: int = 2) -> NDArray[np.float64]:
     return np.asarray(2.0 ** (np.arange(octaves * per_octave + 1) / per_octave))
 
 
-def new_trace(model: Transformer, size: int, length: int, top: int) -> Trace:
+def new_trace(model: Transformer | MemorizedModel, size: int, length: int, top: int) -> Trace:
     """An empty record of a reading of ``length`` tokens."""
     layers = model.config.memory_layers if size else ()
     heads = (len(layers), model.config.num_heads)
@@ -168,7 +169,7 @@ def record(
 
 @torch.inference_mode()
 def read_document(
-    model: Transformer,
+    model: Transformer | MemorizedModel,
     ids: NDArray[np.int64],
     segment: int,
     size: int,
@@ -190,7 +191,7 @@ def read_document(
     Raises:
         ConfigError: where there is no room for the memory.
     """
-    tokens = torch.from_numpy(ids).to(model.embedding.weight.device)
+    tokens = torch.from_numpy(ids).to(next(model.parameters()).device)
     trace = new_trace(model, size, len(ids), top)
     try:
         bank = model.new_memory(1, size=size)

@@ -5,7 +5,6 @@ Checkpoints hold the trained weights alone, and which base they belong to.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -66,19 +65,12 @@ class AdaptConfig:
                 )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A name of a model's weights: of all shapes, and of a sample of the numbers of each."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_base(name: str) -> Any:
+def load_base(name: str, key: str = "model.base") -> Any:
     """A decoder of transformers with fp32 weights.
+
+    Args:
+        name: folder or hub name.
+        key: of the name, for the message.
 
     Raises:
         ConfigError: where there is none of that name or folder.
@@ -91,7 +83,7 @@ def load_base(name: str) -> Any:
             f"cannot be loaded ({first_line(error)}); give a folder with a causal language model "
             "of transformers, or a name on the hub that can be reached"
         )
-        raise ConfigError("model.base", name, remedy) from error
+        raise ConfigError(key, name, remedy) from error
 
 
 class AdaptedModel(MemorizedModel):
@@ -112,7 +104,6 @@ class AdaptedModel(MemorizedModel):
 
     def __init__(self, base: Any, config: ModelConfig, adapt: AdaptConfig) -> None:
         self._refuse(config)
-        self._fingerprint = fingerprint(base)
         if config.memory.layers is None:
             config.memory.layers = induction_layers(
                 base, show=getattr(rank_zero_only, "rank", 0) == 0
@@ -176,7 +167,7 @@ class AdaptedModel(MemorizedModel):
     def architecture(self) -> dict[str, Any]:
         """What the meaning of the weights depends on: the base's own weights among it."""
         own = {"adapt.train": self.adapt.train, "adapt.lora_rank": self.adapt.lora_rank}
-        return {"base": self._fingerprint, **own, **super().architecture()}
+        return {"base": self.fingerprint, **own, **super().architecture()}
 
 
 def adapted_model(

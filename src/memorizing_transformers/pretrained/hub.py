@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,38 +18,17 @@ from ..data.sources.documents import first_line
 from ..data.tokens.tokenizers import byte_tokenizer, load_tokenizer
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
-from ..model import MemoryConfig, ModelConfig, ModelOutput, Transformer
+from ..model import ModelConfig, ModelOutput, Transformer
+from .arguments import SETTINGS, brief, check_settings, refuse_unknown
 
 TOKENIZER_FOLDER = "tokenizer"
 
-SETTINGS = tuple(field.name for field in fields(ModelConfig))
 LOADING = ("revision", "cache_dir", "force_download", "token", "local_files_only", "strict",
            "map_location", "config")  # fmt: skip
 """Options of ``from_pretrained`` that are no settings of the model."""
 NEEDLESS = ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "max_shard_size",
             "token_type_ids")  # fmt: skip
 """What users of transformers may give, and what changes nothing here."""
-
-
-def _brief(value: Any) -> Any:
-    """A value for a message of one line."""
-    return value if isinstance(value, bool | int | float | str) else shorten(repr(value), 60)
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> None:
-    known = [*known]
-    for name, value in given.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-            remedy = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{prefix}{name}", _brief(value), f"is not known here; {remedy}")
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    _refuse_unknown(settings, SETTINGS, "model.")
-    memory = settings.get("memory")
-    if isinstance(memory, Mapping):
-        _refuse_unknown(memory, [field.name for field in fields(MemoryConfig)], "model.memory.")
 
 
 def _device_of(device_map: Any) -> torch.device:
@@ -95,6 +72,8 @@ def _refuse_other_folders(name: str) -> None:
         )
     else:
         remedy = "holds no config.json; give a folder that save_pretrained wrote"
+        if (folder / "memorized.json").is_file():
+            remedy = "is of a pretrained model; read it with MemorizedModel.from_pretrained"
     raise ConfigError("from_pretrained", name, remedy)
 
 
@@ -111,7 +90,7 @@ class MemorizingTransformer(
     """
 
     def __init__(self, **settings: Any) -> None:
-        _check_settings(settings)
+        check_settings(settings)
         config = ModelConfig(**settings)
         if config.vocab_size is None:
             config.vocab_size = len(byte_tokenizer())
@@ -145,8 +124,8 @@ class MemorizingTransformer(
         """
         if "labels" in others:
             remedy = "take the loss yourself: model.loss(output.logits, targets)"
-            raise ConfigError("labels", _brief(others["labels"]), remedy)
-        _refuse_unknown(others, ["input_ids", "memory", "attention_mask", *NEEDLESS[-1:]])
+            raise ConfigError("labels", brief(others["labels"]), remedy)
+        refuse_unknown(others, ["input_ids", "memory", "attention_mask", *NEEDLESS[-1:]])
         if isinstance(input_ids, Mapping):
             attention_mask = input_ids.get("attention_mask", attention_mask)
             input_ids = input_ids["input_ids"]
@@ -156,7 +135,7 @@ class MemorizingTransformer(
             mask = mask[None] if mask.ndim == 1 else mask
             if mask.shape != ids.shape or (mask.diff() > 0).any():
                 remedy = "must have the shape of input_ids, with padding at the right of a row only"
-                raise ConfigError("attention_mask", _brief(mask.tolist()), remedy)
+                raise ConfigError("attention_mask", brief(mask.tolist()), remedy)
         return super().forward(ids, memory)
 
     def _ids(self, given: Any) -> Tensor:
@@ -168,9 +147,9 @@ class MemorizingTransformer(
                 "must be what model.tokenizer(text) returns, or token ids, all rows of one length "
                 f"({first_line(error)})"
             )
-            raise ConfigError("input_ids", _brief(given), remedy) from error
+            raise ConfigError("input_ids", brief(given), remedy) from error
         if not ids.numel():
-            raise ConfigError("input_ids", _brief(given), "holds no token; give at least one")
+            raise ConfigError("input_ids", brief(given), "holds no token; give at least one")
         if ids.is_floating_point() or ids.is_complex() or ids.ndim not in (1, 2):
             remedy = "must be integers of shape (N,) or (B, N)"
             raise ConfigError("input_ids", f"{ids.dtype} {tuple(ids.shape)}", remedy)
@@ -209,7 +188,7 @@ class MemorizingTransformer(
             ConfigError: naming the argument that cannot be used, or why nothing could be written.
         """
         upload = inspect.signature(super().push_to_hub).parameters
-        _refuse_unknown(options, [*upload, "repo_id", "max_shard_size"])
+        refuse_unknown(options, [*upload, "repo_id", "max_shard_size"])
         options.pop("max_shard_size", None)
         if not safe_serialization:
             remedy = "must be True; weights are always written as safetensors"
@@ -259,8 +238,8 @@ class MemorizingTransformer(
         device = None if device_map is None else _device_of(device_map)
         for needless in NEEDLESS:
             kwargs.pop(needless, None)
-        _refuse_unknown(kwargs, [*SETTINGS, *LOADING, "dtype", "device_map"])
-        _check_settings({name: kwargs[name] for name in SETTINGS if name in kwargs})
+        refuse_unknown(kwargs, [*SETTINGS, *LOADING, "dtype", "device_map"])
+        check_settings({name: kwargs[name] for name in SETTINGS if name in kwargs})
         name = str(pretrained_model_name_or_path)
         _refuse_other_folders(name)
         try:

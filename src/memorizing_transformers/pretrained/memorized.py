@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,10 +23,12 @@ from ..memory import (
     SegmentPairs,
     make_search,
 )
-from ..model import MemorizingNet, MemoryConfig, ModelOutput
+from ..model import MemorizingNet, MemoryConfig, ModelConfig, ModelOutput
 from ..model.reader import MemoryReader
+from .arguments import check_memory
 from .hook import LayerHook, Segment, attention_modules
 from .induction import induction_layers
+from .keys import check_keys, fingerprint_weights
 from .rotation import RotaryCalls
 from .sink_cache import SinkCache
 
@@ -68,6 +71,10 @@ class MemorizedModel(MemorizingNet):
         memory.validate(f"{self.prefix}memory.")
         self._check_settings(memory, xl_cache, position, skip_first)
         modules = attention_modules(base)
+        self.fingerprint = fingerprint_weights(base)
+        """Of the base's own weights."""
+        self.base_name = str(getattr(base, "name_or_path", ""))
+        self.tokenizer: Any = None
         self.base, self.memory_config = base, memory
         self.xl_cache, self.position, self.skip_first = xl_cache, position, skip_first
         kind: Any = base.config.get_text_config()  # type: ignore[union-attr,operator]
@@ -84,13 +91,26 @@ class MemorizedModel(MemorizingNet):
             for layer, module in sorted(modules.items())
             if xl_cache or layer in self.memory_layers
         }
-        self._shapes = self._check_rotation(kind.vocab_size)
+        count = min(12, self.window - 4)
+        self._shapes = check_keys(base, self._hooks, self._run, kind.vocab_size, count)
         search = make_search(memory.search, memory.recall_target, memory.search_bytes)
         heads, width = kind.num_attention_heads, kind.hidden_size
         for layer in self.memory_layers:
             reader = MemoryReader(heads, self._shapes[layer][0], width, memory, search)
             reader.softcap = getattr(kind, "attn_logit_softcapping", None)
             modules[layer].memory_reader = reader.to(self.device)
+        groups, head_dim = next(iter(self._shapes.values()), (heads, width // heads))
+        self.config = ModelConfig(
+            vocab_size=kind.vocab_size,
+            d_model=width,
+            num_layers=self.num_layers,
+            num_heads=heads,
+            num_kv_heads=groups,
+            head_dim=head_dim,
+            xl_cache=xl_cache,
+            memory=memory,
+        )
+        """The base's sizes and the memory's settings, as a model of our own has them."""
         self._modules_by_layer = {layer: modules[layer] for layer in self.memory_layers}
 
     def _check_settings(
@@ -107,46 +127,6 @@ class MemorizedModel(MemorizingNet):
             if given != only:
                 remedy = f"must be {only}: a pretrained model brings its own positions and head"
                 raise ConfigError(f"{self.prefix}memory.{name}", given, remedy)
-
-    @torch.no_grad()
-    def _check_rotation(self, vocabulary: int) -> dict[int, tuple[int, int]]:
-        """By layer key/value heads G and width D, after a check that keys can be turned back.
-
-        Raises:
-            ConfigError: where the same tokens at other positions give other keys at position 0.
-        """
-        generator = torch.Generator().manual_seed(0)
-        count = min(12, self.window - 4)
-        ids = torch.randint(vocabulary, (1, count), generator=generator).to(self.device)
-        training, self.base.training = self.base.training, False
-        was = {module: module.training for module in self.base.modules()}
-        self.base.eval()
-        passes = []
-        for offset in (0, 3):
-            segment = Segment({}, {})
-            places = torch.arange(count, device=self.device)[None] + offset
-            self._run(segment, ids, position_ids=places)
-            passes.append((segment.pairs, {n: hook.rotation for n, hook in self._hooks.items()}))
-        for module, mode in was.items():
-            module.training = mode
-        self.base.training = training
-        (first, turned), (second, _) = passes
-        for layer, (keys, _) in first.items():
-            other = second[layer][0]
-            scale = keys.abs().max().clamp(min=1e-6)
-            rotation = turned[layer]
-            if rotation is None or (keys - other).abs().max() < 0.02 * scale:
-                continue
-            # A layer without rotation is given angles too, in some families.
-            places = torch.arange(count, device=self.device)[None]
-            raw = rotation.to(keys, places)
-            again = rotation.to(other, places + 3)
-            if (raw - again).abs().max() > 0.02 * scale:
-                name = self.base.config.model_type  # type: ignore[union-attr]
-                remedy = f"the keys of layer {layer} cannot be turned back to position 0"
-                raise ConfigError("memorize", name, remedy)
-            self._hooks[layer].rotates = False
-        return {layer: (keys.shape[1], keys.shape[3]) for layer, (keys, _) in first.items()}
 
     @property
     def device(self) -> torch.device:
@@ -254,6 +234,32 @@ class MemorizedModel(MemorizingNet):
         retrievals = {layer: found.detach() for layer, found in segment.retrievals.items()}
         return ModelOutput(logits, SegmentPairs(segment.pairs, segment.pairs), retrievals)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the trained weights, the settings and the tokenizer, without the base.
+
+        Args:
+            folder: made if missing.
+        """
+        from .saved import save_memorized
+
+        save_memorized(self, folder)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path, base: Any = None, **overrides: Any) -> MemorizedModel:
+        """A model that ``save_pretrained`` or the command ``export`` wrote, in evaluation mode.
+
+        Args:
+            folder: where it was written.
+            base: the pretrained model, its folder or hub name. Default: the one it was saved with.
+            overrides: ``xl_cache``, and of ``memory`` the run-time settings that differ.
+
+        Raises:
+            ConfigError: where the folder or the base cannot be read, or the base is another one.
+        """
+        from .saved import load_memorized
+
+        return load_memorized(folder, base, **overrides)
+
 
 def memorize(
     model: nn.Module,
@@ -279,6 +285,7 @@ def memorize(
         ConfigError: where the family is not supported, or a setting cannot work.
     """
     if not isinstance(memory, MemoryConfig):
+        check_memory(memory)
         memory = MemoryConfig(**{**DEFAULTS, **(memory or {})})
     chosen = induction_layers(model) if layers == "auto" else list(layers)
     memory.layers = chosen

@@ -301,7 +301,7 @@ class MemorizingLM(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights mean, so that the file alone is enough to use them."""
         settings = (self.config, self.optimizer_config)
-        describe_model(checkpoint, self.net.architecture(), *settings, self.tokenizer)
+        describe_model(checkpoint, self.net, *settings, self.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit; the rest is taken over with the current settings.

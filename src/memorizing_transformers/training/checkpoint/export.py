@@ -13,10 +13,15 @@ from torch import Tensor
 from ...data.tokens.tokenizers import fingerprint_tokenizer, load_tokenizer
 from ...errors import ConfigError
 from ...pretrained.hub import MemorizingTransformer
+from ...pretrained.memorized import MemorizedModel
+from ...pretrained.saved import build
 from .folder import open_checkpoint
 
 SETTINGS_KEY = "model_settings"
 """Where a checkpoint keeps the fields of ``ModelConfig``."""
+
+BASE_KEY = "base_settings"
+"""Where a checkpoint of a pretrained model with a memory keeps what ``pretrained.saved`` needs."""
 
 TOKENIZER_KEY = "tokenizer_files"
 """Where a checkpoint keeps its tokenizer: file names to bytes, as uint8 tensors."""
@@ -45,7 +50,7 @@ def is_packed(files: dict[str, Tensor], tokenizer: Any) -> bool:
     return fingerprint_tokenizer(unpack_tokenizer(files)) == fingerprint_tokenizer(tokenizer)
 
 
-def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer:
+def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer | MemorizedModel:
     """The trained model of a checkpoint, on the CPU, in evaluation mode, with its tokenizer.
 
     Args:
@@ -59,12 +64,21 @@ def load_model(ckpt_path: str | Path, **overrides: Any) -> MemorizingTransformer
     if not Path(ckpt_path).is_dir():
         raise ConfigError("ckpt_path", str(ckpt_path), "there is no such checkpoint folder")
     checkpoint = open_checkpoint(Path(ckpt_path))
+    weights = checkpoint["state_dict"]
+    weights = {name.removeprefix("net."): value for name, value in weights.items()}
+    tokenizer = None
+    if TOKENIZER_KEY in checkpoint:
+        tokenizer = unpack_tokenizer(checkpoint[TOKENIZER_KEY])
+    if BASE_KEY in checkpoint:
+        memorized = build(checkpoint[BASE_KEY], **overrides)
+        memorized.load_state_dict(weights)
+        memorized.tokenizer = tokenizer
+        return memorized
     saved = checkpoint[SETTINGS_KEY]
     memory = {**saved["memory"], **overrides.pop("memory", {})}
     settings = {**saved, **overrides, "memory": memory}
-    weights = checkpoint["state_dict"]
     model = MemorizingTransformer(**settings)
-    model.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
-    if TOKENIZER_KEY in checkpoint:
-        model.tokenizer = unpack_tokenizer(checkpoint[TOKENIZER_KEY])
+    model.load_state_dict(weights)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
     return model.eval()

@@ -13,10 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from ...errors import UserError
 from ...memory import MemoryBank
 from ...model import MemorizingNet, ModelConfig
+from ...pretrained.memorized import MemorizedModel
+from ...pretrained.saved import describe
 from ..optimizers import OptimizerConfig
 from ..sharded import is_sharded, like
 from . import folder as checkpoints
-from .export import SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
+from .export import BASE_KEY, SETTINGS_KEY, TOKENIZER_KEY, is_packed, pack_tokenizer
 from .folder import FOLDER_KEY, DamagedCheckpoint, explain_damage
 from .optimizer_state import SETTINGS_KEY as OPTIMIZER_KEY
 from .rank_state import load_gradients, load_random_state, load_rows, rows_of
@@ -46,7 +48,7 @@ def resume_facts(datamodule: Any) -> dict[str, Any]:
 
 def describe_model(
     checkpoint: dict[str, Any],
-    architecture: dict[str, Any],
+    net: MemorizingNet,
     config: ModelConfig,
     optimizer: OptimizerConfig,
     tokenizer: Any,
@@ -55,12 +57,14 @@ def describe_model(
 
     Args:
         checkpoint: changed in place.
-        architecture: that of the network.
+        net: the network.
         config: the model.
         optimizer: the optimiser and its schedule.
         tokenizer: that of the data, or None if it is not known.
     """
-    checkpoint[ARCHITECTURE_KEY] = architecture
+    checkpoint[ARCHITECTURE_KEY] = net.architecture()
+    if isinstance(net, MemorizedModel):
+        checkpoint[BASE_KEY] = describe(net)
     checkpoint[SETTINGS_KEY] = asdict(config)
     checkpoint[OPTIMIZER_KEY] = asdict(optimizer)
     if tokenizer is not None:

@@ -1,0 +1,119 @@
+"""A memorized model is saved without its base, and read back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from base_runs import KINDS, fit
+from families import tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from memorizing_transformers import MemorizedModel, MemorizingTransformer, memorize
+from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.pretrained.saved import SETTINGS, WEIGHTS
+from memorizing_transformers.training.checkpoint.export import load_model
+
+
+def read(model: MemorizedModel) -> Tensor:
+    """Logits of three segments."""
+    vocabulary = model.config.vocab_size or 0
+    ids = torch.randint(vocabulary, (1, 24), generator=torch.Generator().manual_seed(1))
+    bank, logits = model.new_memory(1), []
+    with torch.no_grad():
+        for segment in ids.split(8, dim=1):
+            output = model(segment, bank)
+            bank.commit(output.pairs, token_ids=segment)
+            logits.append(output.logits)
+    return torch.cat(logits, 1)
+
+
+def memorized(folder: Path, **options: Any) -> MemorizedModel:
+    """A model whose memory has weights that no start gives."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = memorize(base, {"size": 32, "top_k": 4}, layers=[1], **options).eval()
+    with torch.no_grad():
+        for parameter in model.memory_parameters():
+            parameter.add_(0.3)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"xl_cache": 8, "position": "start", "skip_first": 2}])
+def test_what_memorize_made_comes_back(home: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    model = memorized(home / "base", **options)
+    model.save_pretrained(tmp_path / "saved")
+    found = MemorizedModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(read(found), read(model))
+    assert (tmp_path / "saved" / WEIGHTS).stat().st_size < 2000
+    # The base may lie elsewhere, or be in memory.
+    again = MemorizedModel.from_pretrained(tmp_path / "saved", home / "base")
+    assert torch.equal(read(again), read(model))
+    loaded = AutoModelForCausalLM.from_pretrained(home / "base")
+    again = MemorizedModel.from_pretrained(tmp_path / "saved", loaded, memory={"top_k": 2})
+    assert again.memory_config.top_k == 2
+    assert not torch.equal(read(again), read(model))
+
+
+@pytest.mark.parametrize("train", KINDS)
+def test_a_checkpoint_becomes_a_folder_and_both_are_the_trained_model(
+    home: Path, tmp_path: Path, train: str
+) -> None:
+    if train == "lora":
+        pytest.importorskip("peft")
+    module, _ = fit(home, tmp_path, steps=3, train=train)
+    net = module.net
+    assert isinstance(net, MemorizedModel)
+    net.eval()
+    expected = read(net)
+    model = load_model(tmp_path / "step=3.ckpt")
+    assert isinstance(model, MemorizedModel)
+    assert torch.equal(read(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    found = MemorizedModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(read(found), expected)
+    assert found.tokenizer("abcd").input_ids == module.tokenizer("abcd").input_ids
+
+
+def test_another_base_is_refused_by_name(home: Path, tmp_path: Path) -> None:
+    memorized(home / "base").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^base = .*other': has other weights"):
+        MemorizedModel.from_pretrained(tmp_path, home / "other")
+    with pytest.raises(ConfigError, match=r"^base = "):
+        MemorizedModel.from_pretrained(tmp_path, tiny("gpt2"))
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    (tmp_path / SETTINGS).write_text(json.dumps({**settings, "base": "nowhere"}))
+    with pytest.raises(ConfigError, match=r"base = .*nowhere"):
+        MemorizedModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "no folder", "cut off", "other weights", "no settings"])
+def test_a_folder_that_cannot_be_read_is_named(home: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "saved"
+    memorized(home / "base").save_pretrained(folder)
+    if damage == "gone":
+        shutil.rmtree(folder)
+    elif damage == "no folder":
+        shutil.rmtree(folder)
+        folder.write_text("")
+    elif damage == "cut off":
+        (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:40])
+    elif damage == "other weights":
+        settings = json.loads((folder / SETTINGS).read_text())
+        settings["memory"]["temperature"] = False
+        (folder / SETTINGS).write_text(json.dumps(settings))
+    else:
+        (folder / SETTINGS).write_text("{}")
+    with pytest.raises(ConfigError, match=r"^folder = ") as caught:
+        MemorizedModel.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_other_class_says_which_one_reads_the_folder(home: Path, tmp_path: Path) -> None:
+    memorized(home / "base").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"MemorizedModel\.from_pretrained"):
+        MemorizingTransformer.from_pretrained(tmp_path)
