@@ -16,7 +16,7 @@ def test_the_snippets_of_the_page_run_one_after_the_other(
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text("utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "models" / "smollm2-135m"
     tokenizer = train_bpe(["It was the best of times, it was the worst of times. " * 4], 270)
@@ -26,3 +26,4 @@ def test_the_snippets_of_the_page_run_one_after_the_other(
     for snippet in snippets:
         exec(compile(snippet, "docs/pretrained.md", "exec"), names)
     assert names["output"].retrievals
+    assert names["model"].memory_layers

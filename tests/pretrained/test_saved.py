@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from memorizing_transformers import MemorizedModel, MemorizingTransformer, memorize
+from memorizing_transformers.__main__ import main
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.pretrained.saved import SETTINGS, WEIGHTS
 from memorizing_transformers.training.checkpoint.export import load_model
@@ -41,6 +42,11 @@ def memorized(folder: Path, **options: Any) -> MemorizedModel:
         for parameter in model.memory_parameters():
             parameter.add_(0.3)
     return model
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    monkeypatch.setattr("sys.argv", ["memorizing_transformers", *map(str, args)])
+    main()
 
 
 @pytest.mark.parametrize("options", [{}, {"xl_cache": 8, "position": "start", "skip_first": 2}])
@@ -77,6 +83,35 @@ def test_a_checkpoint_becomes_a_folder_and_both_are_the_trained_model(
     found = MemorizedModel.from_pretrained(tmp_path / "saved")
     assert torch.equal(read(found), expected)
     assert found.tokenizer("abcd").input_ids == module.tokenizer("abcd").input_ids
+
+
+def test_the_commands_export_and_inspect_a_checkpoint(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    fit(home, tmp_path, steps=3)
+    checkpoint, document = tmp_path / "step=3.ckpt", tmp_path / "document.txt"
+    document.write_text("abcd efgh ijkl mnop qrst uvwx " * 20, "utf-8")
+    run_command(monkeypatch, "export", "--ckpt_path", checkpoint, "--out", tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        SETTINGS,
+        WEIGHTS,
+        "tokenizer",
+    ]
+    for place in (checkpoint, tmp_path / "model"):
+        out = tmp_path / f"{place.stem}-read"
+        options = ["--document", document, "--out", out, "--segment_length", 16]
+        run_command(monkeypatch, "inspect", "--ckpt_path", place, *options)
+    lines, again = (
+        (tmp_path / f"{name}-read" / "tokens.jsonl").read_text() for name in ("step=3", "model")
+    )
+    assert lines == again
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert "".join(row["text"] for row in rows).strip() == document.read_text().strip()
+    assert any(row["retrieved"]["64"] for row in rows)
+    assert f"report: {tmp_path / 'model-read' / 'index.html'}" in capsys.readouterr().out
 
 
 def test_another_base_is_refused_by_name(home: Path, tmp_path: Path) -> None:
