@@ -152,6 +152,44 @@ def test_a_backward_pass_after_the_commit_sees_what_was_read(checkpointing: bool
         assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_a_step_of_the_memorys_own_numbers_makes_the_loss_smaller(family: str) -> None:
+    model = memorize(tiny(family), {"size": 64, "top_k": 8}, layers=[1], xl_cache=4).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    own = [parameter.requires_grad_() for parameter in model.memory_parameters()]
+    ids = tokens(1, 2 * N + 1).repeat(2, 2)
+    losses = []
+    for _ in range(2):
+        bank, loss = model.new_memory(2), torch.tensor(0.0)
+        for start in range(0, ids.shape[1] - 1, N):
+            inputs, targets = ids[:, start : start + N], ids[:, start + 1 : start + N + 1]
+            output = model(inputs[:, : targets.shape[1]], bank)
+            loss = loss + model.loss(output.logits, targets)
+            bank.commit(output.pairs, token_ids=inputs)
+        gradients = torch.autograd.grad(loss, own)
+        assert any(gradient.any() for gradient in gradients)
+        losses.append(float(loss.detach()))
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        with torch.no_grad():
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter -= 0.005 * gradient / norm
+    assert losses[1] < losses[0]
+
+
+def test_a_model_of_peft_is_taken_as_it_is() -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    base, ids = peft.get_peft_model(tiny("llama"), settings), tokens(2, 3 * N)
+    merged = copy.deepcopy(base).merge_and_unload()
+    expected = full(base, ids)
+    model = memorize(base, {"size": 64, "top_k": 4}, layers=[1])
+    assert torch.equal(full(model, ids), expected)
+    assert not torch.allclose(read(model, ids), expected, atol=1e-3)
+    merged = memorize(merged, {"size": 64, "top_k": 4}, layers=[1])
+    assert torch.allclose(read(model, ids), read(merged, ids), atol=1e-3)
+
+
 @pytest.mark.parametrize("position", ["distance", "start"])
 def test_keys_are_never_farther_than_the_model_was_trained_on(position: str) -> None:
     base = tiny("llama", layers=1, max_position_embeddings=3 * N)

@@ -60,7 +60,9 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if is_attention(module) and not any(map(is_attention, list(module.modules())[1:]))
     }
     kind: Any = getattr(model, "config", None)
-    able = isinstance(model, PreTrainedModel) and model._can_set_attn_implementation()
+    # A model of peft wraps one of transformers.
+    core: Any = getattr(model, "get_base_model", lambda: model)()
+    able = isinstance(core, PreTrainedModel) and core._can_set_attn_implementation()
     if not found or not able or getattr(kind, "is_encoder_decoder", False):
         name = getattr(kind, "model_type", type(model).__name__)
         remedy = (
