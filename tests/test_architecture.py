@@ -28,6 +28,7 @@ ROOMS = {
     "repeated": set(),
     "parsing": {"failures", "messages", "repeated"},
     "pretrained": {"model", "memory", "data", "errors"},
+    "generation": {"pretrained", "model", "memory", "data", "errors", "pace"},
     "training": {"pretrained", "model", "memory", "data", "errors", "failures", "pace", "parsing"},
 }
 """What each room may import of the package, besides itself."""

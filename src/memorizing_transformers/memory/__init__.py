@@ -6,6 +6,7 @@ Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 from .attend import MemoryAttention, attend, merge
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
+from .open_segment import OpenCache, OpenSegment
 from .placed import PlacedMemory
 from .refresh import drop_drifted, refresh
 from .repeats import Repeats, RepeatSearch
@@ -22,6 +23,8 @@ __all__ = [
     "MemoryBank",
     "MemoryView",
     "Neighbours",
+    "OpenCache",
+    "OpenSegment",
     "Pairs",
     "PlacedMemory",
     "Readable",

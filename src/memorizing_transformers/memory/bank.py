@@ -6,14 +6,15 @@ Forward reads a bank and changes nothing; ``commit`` writes a segment, once, aft
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .cache import XLCache
 from .ring import Memory
-from .view import Readable
+from .view import MemoryView, Readable
 
 Pairs = tuple[Tensor, Tensor]
 """A layer's keys and values of one segment, each (B, G, N, D)."""
@@ -76,6 +77,30 @@ class MemoryBank:
             memory.write(*pairs.memory[layer], mask=mask, token_ids=token_ids, step=step)
         for layer, cache in self.caches.items():
             cache.write(*pairs.cache[layer], mask=mask)
+
+    def take(self, rows: Sequence[int]) -> MemoryBank:
+        """A bank whose row ``i`` holds what row ``rows[i]`` of this one holds.
+
+        Memories are shared by both until one of them calls ``own``; caches are copied.
+        """
+
+        def views(of: Sequence[int]) -> dict[int, MemoryView]:
+            return {
+                layer: MemoryView(memory.base, [memory.owner(row) for row in of])
+                for layer, memory in self.memories.items()
+            }
+
+        shared = views(rows)
+        self.memories = dict(views(range(self.batch_size)))
+        index = torch.tensor([*rows], dtype=torch.int64)
+        caches = {layer: cache.take(index) for layer, cache in self.caches.items()}
+        return MemoryBank(len(rows), shared, caches)
+
+    def own(self) -> None:
+        """Copy what is shared, so that it can be written."""
+        for layer, memory in self.memories.items():
+            if isinstance(memory, MemoryView):
+                self.memories[layer] = memory.base.take(memory.owners)
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Forget the rows where ``mask`` (B,) bool is True, or all rows: they are as new."""

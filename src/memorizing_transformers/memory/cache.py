@@ -6,6 +6,8 @@ Shapes: B rows, G key/value heads, W cached tokens, N tokens of a segment, D hea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -65,6 +67,14 @@ class XLCache:
             both = torch.cat([old, new.detach().to(old.dtype)], dim=2)
             setattr(self, name, both.gather(2, index))
         self.length = (self.length + count).clamp(max=self.size)
+
+    def take(self, rows: Tensor) -> Self:
+        """A cache whose row ``i`` holds what row ``rows[i]`` of this one holds."""
+        taken = copy(self)
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                setattr(taken, name, tensor[rows.to(tensor.device)])
+        return taken
 
     @torch.no_grad()
     def reset(self, mask: Tensor | None = None) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from copy import copy
+from typing import Any, Self
 from weakref import WeakSet
 
 import torch
@@ -222,6 +223,14 @@ class Memory:
             self.written.masked_fill_(mask, 0)
             self.origin.masked_fill_(mask, 0)
             self.oldest.masked_fill_(mask, 0)
+
+    def take(self, rows: Tensor) -> Self:
+        """A memory of its own whose row ``i`` holds what row ``rows[i]`` of this one holds."""
+        taken = copy(self)
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                setattr(taken, name, tensor[rows.to(tensor.device)])
+        return taken
 
     @torch.no_grad()
     def drop(self, count: Tensor) -> None:

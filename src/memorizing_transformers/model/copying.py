@@ -38,7 +38,7 @@ class CopyInputs(NamedTuple):
     log_total: Tensor
     """(B, N) fp32 log of their summed exponentials."""
     input_ids: Tensor
-    """(B, N) of the segment."""
+    """(B, n + N) of the segment, up to these N tokens."""
     memory: Readable
     """The last memory layer's, of these B rows."""
     found: Retrieval
@@ -125,7 +125,8 @@ class RepeatCopies(nn.Module):
         """Tokens and odds (B, N, C)."""
         device = inputs.hidden.device
         repeats = self.search(inputs.input_ids, inputs.memory)
-        tokens, lengths, distances = (x.to(device) for x in repeats)
+        count = inputs.logits.shape[1]
+        tokens, lengths, distances = (x[:, -count:].to(device) for x in repeats)
         known = lengths > 0
         score = self.by_length[lengths] - self.slope * torch.log1p(distances / 64)
         score = score + self.toward_likely * inputs.log_probability(tokens)
@@ -178,7 +179,7 @@ class CopyHead(nn.Module):
         Args:
             logits: (B, N, V) of the model.
             hidden: (B, N, d_model) normalised hidden states, of unit root mean square.
-            input_ids: (B, N) of the segment.
+            input_ids: (B, n + N) of the segment, up to these N tokens.
             memory: the last memory layer's, of these B rows.
             found: what that layer retrieved, live.
         """

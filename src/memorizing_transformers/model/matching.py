@@ -20,13 +20,14 @@ def match_lengths(
     Tokens that were overwritten, or lie before the document, match nothing.
 
     Args:
-        input_ids: (B, N) of the segment, which follows what the memory holds.
+        input_ids: of the segment, which follows what the memory holds, up to these N tokens.
         memory: of these B rows.
         slots: (B, H, N, K) of the memory.
         longest: where counting stops.
         shift: tokens between the pair and the end of the text that is compared.
     """
-    size, segment = memory.size, input_ids.shape[1]
+    size, segment = memory.size, slots.shape[2]
+    read = input_ids.shape[1] - segment
     stored = memory.token_ids
     flat = slots.flatten(1)
     # For each pair how many older ones of its document the memory still holds.
@@ -41,7 +42,8 @@ def match_lengths(
     count = torch.zeros_like(slots)
     for step in range(longest):
         there = stored.gather(1, (flat - shift - step) % size).view(slots.shape)
-        here = text[:, longest - 1 - step : longest - 1 - step + segment, None]
+        first = longest - 1 - step + read
+        here = text[:, first : first + segment, None]
         alive = alive & (there == here[:, None]) & (older >= shift + step)
         count += alive
     return count

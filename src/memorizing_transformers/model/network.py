@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory import MemoryBank, SegmentPairs
+from ..memory import MemoryBank, OpenSegment, SegmentPairs
 from .reader import MemoryReader, Retrieval
 
 IGNORE_INDEX = -100
@@ -40,12 +40,19 @@ class MemorizingNet(nn.Module):
     do better.
     """
 
-    def forward(self, input_ids: Tensor, memory: MemoryBank | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        memory: MemoryBank | None = None,
+        *,
+        open_segment: OpenSegment | None = None,
+    ) -> ModelOutput:
         """Read a segment and change nothing; ``memory.commit(output.pairs)`` writes.
 
         Args:
             input_ids: (B, N) int64.
             memory: the bank of these B rows, or None for plain attention within the segment.
+            open_segment: of ``memory``; the tokens follow those that it holds, and are added to it.
         """
         raise NotImplementedError
 

@@ -98,7 +98,10 @@ class MemoryReader(nn.Module):
         bias = lengths = None
         if self.bias is not None:
             row = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
-            here = memory.written[:, None] + torch.arange(slots.shape[2], device=slots.device)
+            # Of an open segment, the tokens that are read now are the last ones.
+            read = 0 if input_ids is None else input_ids.shape[1] - slots.shape[2]
+            here = torch.arange(read, read + slots.shape[2], device=slots.device)
+            here = memory.written[:, None] + here
             distance = here[:, None, :, None] - memory.positions[row, slots]
             bias = self.bias(distance, memory.age()[row, slots], memory.size)
         if self.match is not None:
@@ -119,7 +122,8 @@ class MemoryReader(nn.Module):
             queries: (B, H, N, D), scaled so that the inner product with a key is the score, on the
                 memory's device.
             memory: of these B rows.
-            input_ids: (B, N) the tokens of the segment; only a bias by match length needs them.
+            input_ids: the tokens of the segment up to these N, which are its last; only biases need
+                them.
 
         Returns:
             the attention with its head dimensions as (B, H, N, ...), the pairs that were kept and
@@ -177,7 +181,8 @@ class MemoryReader(nn.Module):
             local_mass: (B, H, N) its log mass; None unless ``gate.needs_local_mass``.
             hidden: (B, N, d_model) what the layer's attention reads.
             memory: of these B rows.
-            input_ids: (B, N) the tokens of the segment; only a bias by match length needs them.
+            input_ids: the tokens of the segment up to these N, which are its last; only biases need
+                them.
 
         Returns:
             the heads' outputs (B, H, N, D), on the model's device, and what was retrieved.

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from ..memory import STORAGE_DTYPES, Memory, MemoryBank, Pairs, SegmentPairs, XLCache, make_search
+from ..memory import (
+    STORAGE_DTYPES,
+    Memory,
+    MemoryBank,
+    OpenSegment,
+    Pairs,
+    SegmentPairs,
+    XLCache,
+    make_search,
+)
 from .attention import Attention, MemoryLayerAttention
 from .compiled import compilable
 from .config import ModelConfig
@@ -210,7 +219,13 @@ class Transformer(MemorizingNet):
             }
         return MemoryBank(batch_size, memories, caches)
 
-    def forward(self, input_ids: Tensor, memory: MemoryBank | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        memory: MemoryBank | None = None,
+        *,
+        open_segment: OpenSegment | None = None,
+    ) -> ModelOutput:
         """Read a segment.
 
         Padding may be at the right of a row: no token before it sees it. Leave it out when
@@ -219,6 +234,7 @@ class Transformer(MemorizingNet):
         Args:
             input_ids: (B, N) int64.
             memory: the bank of these B rows, or None for plain attention within the segment.
+            open_segment: of ``memory``; the tokens follow those that it holds, and are added to it.
 
         Raises:
             ValueError: where ``memory`` holds another number of rows.
@@ -228,12 +244,14 @@ class Transformer(MemorizingNet):
             # A bank of one row would broadcast, and every row read its memory.
             raise ValueError(f"a bank of {bank.batch_size} rows got {input_ids.shape[0]} rows")
         x = self.dropout(self.embedding(input_ids))
+        new_ids, before = input_ids, bank.caches.get
+        if open_segment is not None:
+            before = open_segment.before  # type: ignore[assignment]
+            input_ids = torch.cat([open_segment.input_ids.to(new_ids), new_ids], 1)
         pairs: dict[int, Pairs] = {}
         retrievals: dict[int, Retrieval] = {}
         for index, layer in enumerate(self.layers):
-            x, pair, retrieval = layer(
-                x, bank.caches.get(index), bank.memories.get(index), input_ids
-            )
+            x, pair, retrieval = layer(x, before(index), bank.memories.get(index), input_ids)
             pairs[index] = pair
             if retrieval is not None:
                 retrievals[index] = retrieval
@@ -245,6 +263,8 @@ class Transformer(MemorizingNet):
             found = (bank.memories[last], retrievals[last])
             logits, copied = self.copy_head(logits, x, input_ids, *found)
         retrievals = {number: one.detach() for number, one in retrievals.items()}
+        if open_segment is not None:
+            open_segment.append(new_ids, SegmentPairs(pairs, pairs))
         return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals, copied)
 
     def encode(self, input_ids: Tensor, memory: MemoryBank) -> SegmentPairs:

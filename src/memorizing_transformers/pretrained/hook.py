@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,28 +19,21 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ConfigError
-from ..memory import Memory, Pairs, PlacedMemory, XLCache
+from ..memory import (
+    Memory,
+    MemoryView,
+    OpenCache,
+    PlacedMemory,
+    Readable,
+    XLCache,
+)
 from ..model.local_attention import local_attention
-from ..model.reader import MemoryReader, Retrieval
+from ..model.reader import MemoryReader
 from .rotation import RotaryCalls, Rotation
+from .segment import Segment
 
 NAME = "memorizing"
 """The hook's name among the attention functions of transformers."""
-
-
-@dataclass
-class Segment:
-    """What one forward pass reads and what it leaves to be committed."""
-
-    memories: dict[int, PlacedMemory]
-    caches: dict[int, XLCache]
-    keeps: bool = False
-    """Whether a backward pass may compute layers again after the next commit."""
-    pairs: dict[int, Pairs] = field(default_factory=dict)
-    """By layer, keys at position 0 and values."""
-    retrievals: dict[int, Retrieval] = field(default_factory=dict)
-    seen: dict[int, Memory] = field(default_factory=dict)
-    """By layer, the memory as this segment's queries see it."""
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -121,22 +113,55 @@ class LayerHook:
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (B, G, W + N, D) with the cache, and its places (B, W) to leave out."""
         assert self.segment is not None
-        cache = self.segment.caches.get(self.layer)
+        cache = self.segment.before.get(self.layer)
+        if cache is None:
+            cache = self._turned(k, v)
         if cache is None:
             return k, v, None
+        keys, values = torch.cat([cache.keys, k], 2), torch.cat([cache.values, v], 2)
+        hidden = ~cache.valid()
+        if self.segment.length:
+            cache.append(k, v)
+        return keys, values, hidden if hidden.shape[1] else None
+
+    def _turned(self, k: Tensor, v: Tensor) -> OpenCache | None:
+        """The XL cache with keys at their positions, like k and v; with room for a segment that is
+        read in parts."""
+        assert self.segment is not None
+        cache, room = self.segment.caches.get(self.layer), self.segment.length
+        if cache is None:
+            if not room:
+                return None
+            before = self.segment.before[self.layer] = OpenCache.after(None, (k, v), room)
+            return before
         keys, values = cache.keys.to(k), cache.values.to(v)
         if self.rotation is not None:
             places = torch.arange(-cache.size, 0, device=k.device).expand(k.shape[0], -1)
             keys = self.rotation.to(keys, places).to(k)
-        return torch.cat([keys, k], 2), torch.cat([values, v], 2), ~cache.valid()
+        turned = OpenCache(keys, values, cache.valid(), room)
+        if room:
+            self.segment.before[self.layer] = turned
+        return turned
 
-    def memory(self) -> Memory | None:
+    def memory(self) -> Readable | None:
         """The memory as this segment sees it: keys at their positions, cached pairs left out."""
         assert self.segment is not None
         if self.layer not in self.segment.seen and self.layer in self.segment.memories:
             memory = self.segment.memories[self.layer]
             cache = self.segment.caches.get(self.layer)
-            self.segment.seen[self.layer] = self._seen(memory, cache, self.segment.keeps)
+            seen: Readable
+            if isinstance(memory, MemoryView):
+                # Rows that share a memory have read the same, so any of them speaks for it.
+                reader = {owner: row for row, owner in enumerate(memory.rows)}
+                owners = [*reader]
+                own = memory.base.take(torch.tensor(owners))
+                if cache is not None:
+                    cache = cache.take(torch.tensor([*reader.values()]))
+                seen = self._seen(own, cache, self.segment.keeps)  # type: ignore[arg-type]
+                seen = MemoryView(seen, [owners.index(owner) for owner in memory.rows])
+            else:
+                seen = self._seen(memory, cache, self.segment.keeps)
+            self.segment.seen[self.layer] = seen
         return self.segment.seen.get(self.layer)
 
     @torch.no_grad()
@@ -153,7 +178,8 @@ class LayerHook:
         for name in ("written", "origin", "oldest"):
             setattr(seen, name, getattr(memory, name).clone())
         if self.rotation is not None and self.distance and used:
-            first = self.window - self.hidden.shape[1]  # type: ignore[union-attr]
+            count = self.segment.length or self.hidden.shape[1]  # type: ignore[union-attr]
+            first = self.window - count
             places = memory.positions[:, :used] - memory.read[:, None]
             places = places.clamp(min=-max(first, 0), max=0)
             seen.keys[:, :, :used] = self.rotation.to(seen.keys[:, :, :used], places)

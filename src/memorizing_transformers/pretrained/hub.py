@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.sources.documents import first_line
 from ..data.tokens.tokenizers import byte_tokenizer, load_tokenizer
 from ..errors import ConfigError, UserError
-from ..memory import MemoryBank
+from ..memory import MemoryBank, OpenSegment
 from ..model import ModelConfig, ModelOutput, Transformer
 from .arguments import SETTINGS, brief, check_settings, refuse_unknown
 
@@ -106,6 +106,8 @@ class MemorizingTransformer(
         input_ids: Tensor | Mapping[str, Any] | list[Any],
         memory: MemoryBank | None = None,
         attention_mask: Any = None,
+        *,
+        open_segment: OpenSegment | None = None,
         **others: Any,
     ) -> ModelOutput:
         """Read a segment, as ``Transformer.forward`` does.
@@ -117,6 +119,7 @@ class MemorizingTransformer(
             attention_mask: 1 for tokens, 0 for padding, which must be at the right of a row. The
                 mask changes nothing: no token sees what comes after it. Logits of padding mean
                 nothing, and ``memory.commit`` takes the mask to leave it out.
+            open_segment: of ``memory``; the tokens follow those that it holds, and are added to it.
             others: ``token_type_ids`` are ignored.
 
         Raises:
@@ -136,7 +139,7 @@ class MemorizingTransformer(
             if mask.shape != ids.shape or (mask.diff() > 0).any():
                 remedy = "must have the shape of input_ids, with padding at the right of a row only"
                 raise ConfigError("attention_mask", brief(mask.tolist()), remedy)
-        return super().forward(ids, memory)
+        return super().forward(ids, memory, open_segment=open_segment)
 
     def _ids(self, given: Any) -> Tensor:
         """Token ids (B, N), of any form that ``forward`` takes."""

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .hook import LayerHook, Segment
+from .hook import LayerHook
+from .segment import Segment
 
 
 def fingerprint_weights(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..memory import (
     STORAGE_DTYPES,
     MemoryBank,
+    OpenSegment,
     PlacedMemory,
     SegmentPairs,
     make_search,
@@ -26,10 +27,11 @@ from ..memory import (
 from ..model import MemorizingNet, MemoryConfig, ModelConfig, ModelOutput
 from ..model.reader import MemoryReader
 from .arguments import check_memory
-from .hook import LayerHook, Segment, attention_modules
+from .hook import LayerHook, attention_modules
 from .induction import induction_layers
 from .keys import check_keys, fingerprint_weights
 from .rotation import RotaryCalls
+from .segment import Segment
 from .sink_cache import SinkCache
 
 DEFAULTS = {"combine": "joint-bias", "temperature": True}
@@ -89,7 +91,6 @@ class MemorizedModel(MemorizingNet):
         self._hooks = {
             layer: LayerHook(module, self._calls, self.window, position == "distance")
             for layer, module in sorted(modules.items())
-            if xl_cache or layer in self.memory_layers
         }
         count = min(12, self.window - 4)
         self._shapes = check_keys(base, self._hooks, self._run, kind.vocab_size, count)
@@ -135,8 +136,9 @@ class MemorizedModel(MemorizingNet):
 
     def _run(self, segment: Segment, input_ids: Tensor, **options: Any) -> Tensor:
         self._calls.calls = []
-        for hook in self._hooks.values():
-            hook.segment = segment
+        for layer, hook in self._hooks.items():
+            if self.xl_cache or segment.length or layer in self.memory_layers:
+                hook.segment = segment
         try:
             logits: Tensor = self.base(input_ids, use_cache=False, **options).logits
         finally:
@@ -196,6 +198,8 @@ class MemorizedModel(MemorizingNet):
         input_ids: Tensor,
         memory: MemoryBank | None = None,
         attention_mask: Tensor | None = None,
+        *,
+        open_segment: OpenSegment | None = None,
         **options: Any,
     ) -> ModelOutput:
         """Read a segment and change nothing.
@@ -206,6 +210,7 @@ class MemorizedModel(MemorizingNet):
             attention_mask: (B, N) 1 for tokens, 0 for padding. With a bank, padding must be at the
                 right of a row; no token sees it, and ``memory.commit`` takes the mask to leave it
                 out.
+            open_segment: of ``memory``; the tokens follow those that it holds, and are added to it.
             options: of the model.
 
         Raises:
@@ -230,9 +235,26 @@ class MemorizedModel(MemorizingNet):
         caches = {layer: copy(cache) for layer, cache in memory.caches.items()}
         keeps = self.training or torch.is_grad_enabled()
         segment = Segment(dict(memory.memories), caches, keeps)
+        if open_segment is not None:
+            segment = self._continue(segment, open_segment)
+            places = torch.arange(input_ids.shape[1], device=self.device) + open_segment.count
+            options["position_ids"] = places.expand(input_ids.shape[0], -1)
         logits = self._run(segment, input_ids, **options)
+        pairs = SegmentPairs(segment.pairs, segment.pairs)
+        if open_segment is not None:
+            open_segment.append(input_ids, pairs)
         retrievals = {layer: found.detach() for layer, found in segment.retrievals.items()}
-        return ModelOutput(logits, SegmentPairs(segment.pairs, segment.pairs), retrievals)
+        return ModelOutput(logits, pairs, retrievals)
+
+    @staticmethod
+    def _continue(segment: Segment, open_segment: OpenSegment) -> Segment:
+        """The segment that was begun, ready for its next tokens."""
+        if open_segment.state is None:
+            segment.length = open_segment.length
+            open_segment.state = segment
+        begun: Segment = open_segment.state
+        begun.pairs, begun.retrievals = {}, {}
+        return begun
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trained weights, the settings and the tokenizer, without the base.

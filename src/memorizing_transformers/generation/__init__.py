@@ -1,0 +1,1 @@
+"""Generation: reading token by token, what was remembered of documents, sampling."""
