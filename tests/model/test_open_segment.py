@@ -112,8 +112,8 @@ def test_taken_rows_and_those_they_come_from_go_on_as_if_alone(name: str, read: 
     mixed = torch.cat([ids[rows][:2], other[2:]])
     # One token of each in turn, past the end of a segment.
     for place in range(read, LENGTH):
-        one = taken.read(mixed[:, place : place + 1])
         two = session.read(ids[:, place : place + 1])
+        one = taken.read(mixed[:, place : place + 1])
         assert torch.allclose(one[:2], whole[rows[:2], place], atol=2e-4, rtol=1e-4)
         assert torch.allclose(two, whole[:, place], atol=2e-4, rtol=1e-4)
     alone = Session(model, 1, N)

@@ -74,7 +74,7 @@ def test_taken_rows_go_on_as_if_alone() -> None:
     for read in (10, 4 * N):
         session = Session(model, 2, N)
         session.read(ids[:, :read])
-        taken = session.take([1, 0, 1])
+        taken = session.take([1, 1, 0]).take([0, 2, 1])
         for place in range(read, LENGTH):
             token = ids[[1, 0, 1], place : place + 1]
             found = taken.read(token)
