@@ -13,6 +13,10 @@ from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
 
+from docstring_parser import parse as docstring
+
+from .commands.generate import generate
+from .commands.remember import remember
 from .errors import ConfigError
 from .failures import run, take_debug_flag
 from .parsing import OneLineParser
@@ -85,6 +89,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "estimate": estimate,
     "export": export,
+    "remember": remember,
+    "generate": generate,
 }
 
 
@@ -108,6 +114,21 @@ def all_commands() -> dict[str, Callable[..., None]]:
     return found
 
 
+def _plain_options(parser: OneLineParser, command: Callable[..., None]) -> list[str]:
+    """Add a command's lists and switches, which need no brackets and no true; their names."""
+    words = {p.arg_name: p.description for p in docstring(command.__doc__ or "").params}
+    added = []
+    for name, parameter in signature(command, eval_str=True).parameters.items():
+        if parameter.annotation == list[str] | None:
+            parser.add_argument(f"--{name}", nargs="+", type=str, help=words.get(name))
+        elif parameter.annotation is bool and parameter.default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=words.get(name))
+        else:
+            continue
+        added.append(name)
+    return added
+
+
 def _run_command() -> None:
     commands = all_commands()
     parser = OneLineParser(prog="python -m memorizing_transformers")
@@ -119,7 +140,8 @@ def _run_command() -> None:
         for key in repeated:
             words = "a training config; may be repeated, a key of a later one overrides"
             subparser.add_argument(f"--{key}", action="append", required=True, help=words)
-        subparser.add_function_arguments(command, as_group=False, skip={*repeated})
+        own = _plain_options(subparser, command)
+        subparser.add_function_arguments(command, as_group=False, skip={*repeated, *own})
         subcommands.add_subcommand(name, subparser, help=description.splitlines()[0])
     config = parser.parse_args()
     commands[config.subcommand](**config[config.subcommand].as_dict())

@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from memorizing_studies.inspection.text import tokenize
 from memorizing_transformers.data.settings import SPLITS
 from memorizing_transformers.data.tokens.encoding_rules import backend_of, text_only
 from memorizing_transformers.data.tokens.prepare import prepare_store
 from memorizing_transformers.data.tokens.store import TokenStore
+from memorizing_transformers.data.tokens.tokenized_text import tokenize
 from memorizing_transformers.data.tokens.tokenizers import (
     encode_document,
     fingerprint_tokenizer,

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from memorizing_studies.inspection.command import examine
 from memorizing_studies.inspection.report import Report
-from memorizing_studies.inspection.text import tokenize
 from memorizing_transformers import MemorizingTransformer
+from memorizing_transformers.data.tokens.tokenized_text import tokenize
 from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 from memorizing_transformers.training.checkpoint.export import (
     SETTINGS_KEY,

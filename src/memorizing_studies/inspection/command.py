@@ -5,54 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from memorizing_transformers.data.sources.documents import first_line
+from memorizing_transformers.data.tokens.tokenized_text import (
+    TokenizedText,
+    name_of_token,
+    read_text,
+    tokenize,
+)
 from memorizing_transformers.errors import ConfigError, UserError
-from memorizing_transformers.pretrained.hub import MemorizingTransformer
-from memorizing_transformers.pretrained.memorized import MemorizedModel
-from memorizing_transformers.training.checkpoint.export import load_model
-from memorizing_transformers.training.checkpoint.folder import read_manifest
+from memorizing_transformers.training.checkpoint.opening import AnyModel, choose_segment, open_model
 
 from .json_lines import write_lines
 from .page import render
 from .report import Report
-from .text import TokenizedText, name_of_token, read_text, tokenize
 from .trace import read_document
 
 PAGE = "index.html"
 LINES = "tokens.jsonl"
-
-AnyModel = MemorizingTransformer | MemorizedModel
-
-
-def load(ckpt_path: str) -> tuple[AnyModel, dict[str, Any]]:
-    """The model of a checkpoint or of a folder of ``save_pretrained``, and what its manifest says.
-
-    Raises:
-        UserError: where it is neither, or reaches no memory.
-    """
-    folder = Path(ckpt_path)
-    manifest: dict[str, Any] = {}
-    model: AnyModel
-    if (folder / "memorized.json").is_file():
-        model = MemorizedModel.from_pretrained(folder)
-    elif (folder / "config.json").is_file():
-        try:
-            model = MemorizingTransformer.from_pretrained(folder).eval()
-        except ConfigError as error:
-            remedy = f"its config.json does not fit this model ({error})"
-            raise ConfigError("ckpt_path", ckpt_path, remedy) from error
-    else:
-        model, manifest = load_model(folder), read_manifest(folder)
-    if not model.config.memory_layers:
-        remedy = "its model has no memory layer, so nothing is retrieved; give one trained with one"
-        raise ConfigError("ckpt_path", ckpt_path, remedy)
-    return model, manifest
 
 
 def choose_sizes(memory_sizes: str | None, model: AnyModel) -> list[int]:
@@ -82,21 +56,6 @@ def choose_sizes(memory_sizes: str | None, model: AnyModel) -> list[int]:
         remedy = f"each must be at least the model's top_k ({memory.top_k}); 0 is read anyway"
         raise ConfigError("memory_sizes", memory_sizes, remedy)
     return sizes
-
-
-def choose_segment(segment_length: int | None, manifest: dict[str, Any], xl_cache: int) -> int:
-    """The segment length given, or else the run's, or else that of the XL cache.
-
-    Raises:
-        ConfigError: where there is none, or it is not positive.
-    """
-    segment = segment_length or manifest.get("data.segment_length") or xl_cache
-    if segment_length is not None and segment_length < 1:
-        raise ConfigError("segment_length", segment_length, "must be at least 1")
-    if not segment:
-        remedy = "such a folder does not say it; give the training run's data.segment_length"
-        raise ConfigError("segment_length", segment_length, remedy)
-    return int(segment)
 
 
 def check_tokens(tokens: TokenizedText, document: str, vocab_size: int, segment: int) -> None:
@@ -221,7 +180,7 @@ def inspect(
         UserError: where one of them cannot work.
     """
     text = read_text(Path(document))
-    model, manifest = load(ckpt_path)
+    model, manifest = open_model(ckpt_path)
     sizes = choose_sizes(memory_sizes, model)
     segment = choose_segment(segment_length, manifest, model.config.xl_cache)
     top_k = model.config.memory.top_k

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .text import TokenizedText
+from memorizing_transformers.data.tokens.tokenized_text import TokenizedText
+
 from .trace import Trace
 
 

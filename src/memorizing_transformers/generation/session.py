@@ -5,7 +5,7 @@ Shapes: B rows, N segment, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 
 import torch
@@ -47,6 +47,8 @@ class Session:
         self.open = OpenSegment(self.bank, segment_length)
         self.count = 0
         """Tokens that a row has read."""
+        self.observer: Callable[[Session, Tensor, ModelOutput], object] | None = None
+        """Called with each part that is read and its output, before its pairs are written."""
 
     def parts(self, input_ids: Tensor) -> Iterator[tuple[Tensor, ModelOutput]]:
         """Read on, and give the tokens (B, m) and the output of each part.
@@ -65,6 +67,8 @@ class Session:
             with torch.no_grad():
                 # A whole segment is read as training reads it, with no buffer.
                 output = self.model(part, self.bank, open_segment=None if whole else self.open)
+            if self.observer is not None:
+                self.observer(self, part, output)
             yield part, output
             start += part.shape[1]
             self.count += part.shape[1]
@@ -76,6 +80,13 @@ class Session:
                 self.bank.commit(self.open.pairs(), token_ids=self.open.input_ids)
             else:
                 continue
+            self.open = OpenSegment(self.bank, self.segment_length)
+
+    def close(self) -> None:
+        """Write the pairs of the open segment though it is not full, and begin another one."""
+        if self.open.count:
+            self.bank.own()
+            self.bank.commit(self.open.pairs(), token_ids=self.open.input_ids)
             self.open = OpenSegment(self.bank, self.segment_length)
 
     def take(self, rows: Sequence[int]) -> Session:

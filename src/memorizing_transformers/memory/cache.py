@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Own = TypeVar("Own", bound="XLCache")
 
 
 class XLCache:
@@ -68,7 +70,7 @@ class XLCache:
             setattr(self, name, both.gather(2, index))
         self.length = (self.length + count).clamp(max=self.size)
 
-    def take(self, rows: Tensor) -> Self:
+    def take(self: Own, rows: Tensor) -> Own:
         """A cache whose row ``i`` holds what row ``rows[i]`` of this one holds."""
         taken = copy(self)
         for name, tensor in vars(self).items():

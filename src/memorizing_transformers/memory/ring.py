@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, Self
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .snapshot import Snapshot
 from .storage import SCALES, converted, quantize, restore
+
+Own = TypeVar("Own", bound="Memory")
 
 
 class Memory:
@@ -224,7 +226,7 @@ class Memory:
             self.origin.masked_fill_(mask, 0)
             self.oldest.masked_fill_(mask, 0)
 
-    def take(self, rows: Tensor) -> Self:
+    def take(self: Own, rows: Tensor) -> Own:
         """A memory of its own whose row ``i`` holds what row ``rows[i]`` of this one holds."""
         taken = copy(self)
         for name, tensor in vars(self).items():

@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .hook import LayerHook
 from .segment import Segment
 
 
-def fingerprint_weights(model: nn.Module) -> str:
-    """A name of a model's weights: of all shapes, and of a sample of the numbers of each."""
+def fingerprint_weights(weights: Mapping[str, Tensor]) -> str:
+    """A name of weights: of all names and shapes, and of a sample of the numbers of each."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

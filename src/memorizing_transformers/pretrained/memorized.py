@@ -73,7 +73,7 @@ class MemorizedModel(MemorizingNet):
         memory.validate(f"{self.prefix}memory.")
         self._check_settings(memory, xl_cache, position, skip_first)
         modules = attention_modules(base)
-        self.fingerprint = fingerprint_weights(base)
+        self.fingerprint = fingerprint_weights(base.state_dict())
         """Of the base's own weights."""
         self.base_name = str(getattr(base, "name_or_path", ""))
         self.tokenizer: Any = None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from examples import HOSTILE, word_tokenizer
 
-from memorizing_studies.inspection.text import name_of_token, read_text, tokenize
+from memorizing_transformers.data.tokens.tokenized_text import name_of_token, read_text, tokenize
 from memorizing_transformers.data.tokens.tokenizers import (
     byte_tokenizer,
     encode_document,

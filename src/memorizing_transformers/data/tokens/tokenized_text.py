@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memorizing_transformers.data.sources.documents import first_line
-from memorizing_transformers.data.tokens.encoding_rules import backend_of, text_only
-from memorizing_transformers.data.tokens.tokenizers import byte_vocabulary, make_encoder
-from memorizing_transformers.errors import ConfigError
+from ...errors import ConfigError
+from ..sources.documents import first_line
+from .encoding_rules import backend_of, text_only
+from .tokenizers import byte_vocabulary, make_encoder
 
 
 @dataclass(frozen=True)

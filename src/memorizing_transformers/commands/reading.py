@@ -1,0 +1,113 @@
+"""What the commands that read documents share: the model, its memories, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..data.sources.documents import first_line
+from ..data.tokens.tokenized_text import read_text, tokenize
+from ..data.tokens.tokenizers import fingerprint_tokenizer
+from ..errors import ConfigError
+from ..generation.remembered import Passage, join, load
+from ..generation.session import Session
+from ..training.checkpoint.opening import AnyModel, open_for_use
+
+SUFFIX = ".memory"
+
+
+@dataclass
+class Reader:
+    """A model with its tokenizer, which reads documents.
+
+    Args:
+        model: in evaluation mode.
+        segment_length: tokens of a segment.
+    """
+
+    model: AnyModel
+    segment_length: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.model.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer."""
+        return fingerprint_tokenizer(self.tokenizer)
+
+    def ids(self, text: str) -> torch.Tensor:
+        """Token ids (1, N) of a text, as training makes them."""
+        ids = torch.from_numpy(tokenize(self.tokenizer, text).ids)[None]
+        return ids.to(next(self.model.parameters()).device)
+
+    def read(self, session: Session, path: str) -> Passage:
+        """Read a document on a progress bar.
+
+        Raises:
+            ConfigError: where it cannot be read.
+        """
+        name = Path(path).name
+        ids = self.ids(read_text(Path(path)))
+        passage = Passage(name, session.count, 0, ids.shape[1])
+        with tqdm(
+            total=ids.shape[1], desc=name, unit=" tokens", file=sys.stderr, disable=None
+        ) as bar:
+            for part, _ in session.parts(ids):
+                bar.update(part.shape[1])
+        return passage
+
+    def recall(self, files: Sequence[str]) -> tuple[Session, list[Passage]]:
+        """What files of ``remember`` hold, together.
+
+        Args:
+            files: each a file, or a folder of files that end in .memory.
+
+        Raises:
+            ConfigError: where there is none, or one cannot be used.
+        """
+        paths: list[Path] = []
+        for file in files:
+            path = Path(file)
+            inside = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+            if not inside:
+                raise ConfigError("memory", file, f"holds no file that ends in {SUFFIX}")
+            paths += inside
+        sessions, names = [], []
+        for path in tqdm(paths, desc="memories", file=sys.stderr, disable=None):
+            session, name = load(path, self.model, self.fingerprint)
+            sessions.append(session)
+            names.append(name)
+        return join(sessions, names)
+
+
+def open_reader(
+    model: str, segment_length: int | None, memory_size: int | None, device: str | None
+) -> Reader:
+    """The model of a folder.
+
+    Args:
+        model: the folder.
+        segment_length: None for the model's own.
+        memory_size: slots of each memory; None for the model's own.
+        device: None for a GPU where there is one.
+
+    Raises:
+        ConfigError: where one of them cannot work.
+    """
+    opened, segment = open_for_use(model, segment_length, memory_size)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=where).item()
+        opened.to(where)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", device, f"{first_line(error)}; give cpu") from error
+    return Reader(opened, segment)

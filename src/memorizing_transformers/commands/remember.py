@@ -1,0 +1,41 @@
+"""The command that reads a document and keeps what the model remembers of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def remember(
+    model: str,
+    document: str,
+    out: str,
+    segment_length: int | None = None,
+    memory_size: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Read a document once and write what the model remembers of it.
+
+    The command generate asks it later, with --memory.
+
+    Example: python -m memorizing_transformers remember --model model --document book.txt
+    --out book.memory
+
+    Args:
+        model: A checkpoint, a folder of export, or the folder or hub name of a pretrained model.
+        document: A UTF-8 text file.
+        out: The file to write; its name should end in .memory.
+        segment_length: Tokens that are read at once. Default: as in training, or the XL cache.
+        memory_size: Slots of each memory. Default: as in training.
+        device: Where to compute. Default: a GPU where there is one.
+    """
+    from ..generation.remembered import save
+    from ..generation.session import Session
+    from .reading import open_reader
+
+    reader = open_reader(model, segment_length, memory_size, device)
+    session = Session(reader.model, 1, reader.segment_length)
+    passage = reader.read(session, document)
+    save(session, out, passage.name, reader.fingerprint)
+    size = Path(out).stat().st_size
+    print(f"tokens: {passage.count:,}")
+    print(f"memory: {out} ({size / 1e6:.1f} MB)")
