@@ -116,6 +116,8 @@ def show(tokenizer: Any, tokens: list[int], origins: list[Any]) -> None:
     table.add_column("passage", no_wrap=True, overflow="ellipsis", ratio=1)
     for token, origin in zip(tokens, origins, strict=True):
         best = origin.sources[0] if origin.sources else None
+        if origin.repeated is not None and origin.repeated.weight > origin.memory:
+            best = origin.repeated
         cells = [repr(tokenizer.decode([token]))[1:-1], f"{origin.memory:.0%}"]
         if copies:
             cells.append("" if origin.copied is None else f"{origin.copied:.0%}")

@@ -44,6 +44,9 @@ class Origin:
     """Share of the memory layers' outputs that came from the memory."""
     copied: float | None
     """Weight of the copy head in the prediction; None without one."""
+    repeated: Source | None = None
+    """Where the last tokens occurred before, and what followed; only with copies of repeats. Its
+    weight is that of all copies."""
 
 
 class Sources:
@@ -85,6 +88,7 @@ class Sources:
                         known[position] = known.get(position, 0.0) + weight
                         slots[token][position] = (layer, int(places[:, token].flatten()[index]))
         copied = None if output.copied is None else output.copied[0].float().tolist()
+        repeats = self._repeats(session, input_ids, copied)
         for token in range(count):
             best_first = sorted(weights[token].items(), key=lambda pair: -pair[1])
             sources = [
@@ -92,7 +96,39 @@ class Sources:
                 for position, weight in best_first[: self.most]
             ]
             own = None if copied is None else copied[token]
-            self.origins.append(Origin(sources, float(shares[token]), own))
+            self.origins.append(Origin(sources, float(shares[token]), own, repeats[token]))
+
+    def _repeats(
+        self, session: Session, input_ids: Tensor, copied: list[float] | None
+    ) -> list[Source | None]:
+        """By token, the latest of the longest repetitions that the copy head may have copied."""
+        count = input_ids.shape[1]
+        head = getattr(session.model, "copy_head", None)
+        if copied is None or head is None or "repeats" not in head.sources:
+            return [None] * count
+        layer = max(session.bank.memories)
+        memory = session.bank.memories[layer]
+        ids = session.open.input_ids if session.open.count else input_ids
+        found = head.sources["repeats"].search(ids, memory)
+        lengths, distances = (x[0, -count:].cpu() for x in (found.lengths, found.distances))
+        written, first = int(memory.written[0]), ids.shape[1] - count
+        sources: list[Source | None] = []
+        for token in range(count):
+            longest = int(lengths[token].max())
+            if not longest:
+                sources.append(None)
+                continue
+            back = int(distances[token][lengths[token] == longest].min())
+            following = written + first + token - back + 1
+            if following >= written:
+                place = following - written
+                around = ids[0, max(0, place - AROUND) : place + AROUND + 1]
+                text = self.tokenizer.decode(around.tolist())
+                sources.append(Source("", following, text, copied[token]))
+                continue
+            slot = (following - int(memory.origin[0])) % memory.size
+            sources.append(self._source(session, layer, slot, following, copied[token]))
+        return sources
 
     def _source(
         self, session: Session, layer: int, slot: int, position: int, weight: float
