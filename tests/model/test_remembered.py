@@ -46,6 +46,19 @@ def test_what_was_remembered_answers_as_reading_anew(
     assert torch.equal(answer(reader), expected)
 
 
+def test_rows_that_were_taken_are_remembered_too(tmp_path: Path) -> None:
+    model, documents = small_model(size=30, xl_cache=5).eval(), text(2, 40)
+    reader = Session(model, 2, N)
+    reader.read(documents)
+    save(reader.take([1]), tmp_path / "a.memory", "a", "words")
+    anew = Session(model, 1, N)
+    anew.read(documents[1:])
+    loaded, _ = load(tmp_path / "a.memory", model, "words")
+    assert torch.allclose(answer(loaded), answer(anew), atol=2e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="one row"):
+        save(reader, tmp_path / "b.memory", "b", "words")
+
+
 def test_a_file_holds_filled_slots_alone(tmp_path: Path) -> None:
     model = small_model(size=10_000).eval()
     reader = Session(model, 1, N)
