@@ -118,7 +118,9 @@ def read(
     segment, slots = arm["segment"], arm.get("memory", 0)
     first = len(ids) - score
     bank = model.new_memory(1, size=slots) if slots or arm.get("xl_cache") else None
-    start = 0 if slots else max(0, first - (BEFORE if bank else 0)) // segment * segment
+    # In the layers of others the first token that is read must be the first that they read.
+    whole = slots or (bank and below.kept)
+    start = 0 if whole else max(0, first - (BEFORE if bank else 0)) // segment * segment
     nats, seconds, count = [], 0.0, 0
     for begin in range(start, len(ids) - 1, segment):
         inputs, below.place = ids[None, begin : begin + segment], begin
