@@ -30,6 +30,7 @@ ROOMS = {
     "pretrained": {"model", "memory", "data", "errors"},
     "generation": {"pretrained", "model", "memory", "data", "errors", "pace"},
     "training": {"pretrained", "model", "memory", "data", "errors", "failures", "pace", "parsing"},
+    "commands": {"training", "generation", "pretrained", "model", "memory", "data", "errors"},
 }
 """What each room may import of the package, besides itself."""
 

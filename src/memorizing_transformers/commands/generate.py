@@ -41,7 +41,8 @@ def generate(
         stop: Texts that end the generation.
         seed: Seed of what is drawn.
         sources: Show for each token the passages that it was predicted from.
-        segment_length: Tokens that are read at once. Default: as in training, or the XL cache.
+        segment_length: Tokens that are read at once. Default: as in training, else the length of
+            the XL cache, else 512.
         memory_size: Slots of each memory. Default: as in training.
         device: Where to compute. Default: a GPU where there is one.
     """

@@ -24,7 +24,8 @@ def remember(
         model: A checkpoint, a folder of export, or the folder or hub name of a pretrained model.
         document: A UTF-8 text file.
         out: The file to write; its name should end in .memory.
-        segment_length: Tokens that are read at once. Default: as in training, or the XL cache.
+        segment_length: Tokens that are read at once. Default: as in training, else the length of
+            the XL cache, else 512.
         memory_size: Slots of each memory. Default: as in training.
         device: Where to compute. Default: a GPU where there is one.
     """

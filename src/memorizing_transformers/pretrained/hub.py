@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +248,9 @@ class MemorizingTransformer(
         name = str(pretrained_model_name_or_path)
         _refuse_other_folders(name)
         try:
-            model: MemorizingTransformer = super().from_pretrained(name, **kwargs)
+            # The hub's class prints that it loads a local folder.
+            with redirect_stdout(StringIO()):
+                model: MemorizingTransformer = super().from_pretrained(name, **kwargs)
         except ConfigError:
             raise
         except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:

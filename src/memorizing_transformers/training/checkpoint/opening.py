@@ -18,6 +18,9 @@ from .folder import read_manifest
 FOR_PRETRAINED = {"segment_length": 1024, "size": 65536}
 """What a pretrained model gets that was never given a memory before."""
 
+UNKNOWN_LENGTH = 512
+"""Tokens of a segment, of a model that does not say how it was trained and has no XL cache."""
+
 AnyModel = MemorizingTransformer | MemorizedModel
 
 
@@ -86,6 +89,9 @@ def open_for_use(
         model, manifest = load_model(folder, **sizes), read_manifest(folder)
     elif (folder / "memorized.json").is_file():
         model = MemorizedModel.from_pretrained(folder, **sizes)
+    elif folder.exists() and not (folder / "config.json").is_file():
+        remedy = "holds no model; give a checkpoint, a folder of export, or a model of transformers"
+        raise ConfigError("model", name, remedy)
     elif folder.is_dir() and not is_of_transformers(folder):
         model = MemorizingTransformer.from_pretrained(folder, **sizes).eval()
     else:
@@ -96,7 +102,8 @@ def open_for_use(
         model = memorize(base, memory, layers, xl_cache=length).eval()
         model.tokenizer = load_tokenizer(name)
         return model, length
-    return model, choose_segment(segment_length, manifest, model.config.xl_cache)
+    length = choose_segment(segment_length, manifest, model.config.xl_cache or UNKNOWN_LENGTH)
+    return model, length
 
 
 def is_of_transformers(folder: Path) -> bool:
