@@ -25,6 +25,7 @@ output = model(tokenized)
 """
 
 
+SHELL = ("printf", "cat")
 TRAINING = ("python train.py", "torchrun --nproc_per_node 2 train.py", "srun python train.py")
 """How a training command may begin."""
 
@@ -55,7 +56,7 @@ class ParseOnly(MemoryCLI):
 
 
 def test_every_command_is_of_a_known_kind() -> None:
-    known = ("make", *TRAINING, "python -m memorizing_transformers", "tensorboard")
+    known = ("make", *TRAINING, "python -m memorizing_transformers", "tensorboard", *SHELL)
     shown = sum(bool(line.strip()) for block in blocks("bash") for line in block.split("\n"))
     shown += len(blocks("sh"))  # one command each
     assert sum(len(commands(program)) for program in known) == shown

@@ -1,4 +1,5 @@
-"""The snippets of docs/pretrained.md run, on a small model in place of SmolLM2."""
+"""The snippets of docs/pretrained.md run, on a small model in place of SmolLM2; those of
+docs/generation.md too."""
 
 from __future__ import annotations
 
@@ -27,3 +28,11 @@ def test_the_snippets_of_the_page_run_one_after_the_other(
         exec(compile(snippet, "docs/pretrained.md", "exec"), names)
     assert names["output"].retrievals
     assert names["model"].memory_layers
+
+
+def test_the_snippet_of_generation_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text("utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(compile(snippet, "docs/generation.md", "exec"), names)
+    assert names["answers"].shape == (4, 30)
