@@ -19,6 +19,7 @@ LONGEST = 320
 
 ROOMS = {
     "errors": set(),
+    "registration": set(),
     "memory": {"errors"},
     "model": {"memory", "errors"},
     "data": {"errors", "pace", "parsing"},
@@ -29,7 +30,17 @@ ROOMS = {
     "parsing": {"failures", "messages", "repeated"},
     "pretrained": {"model", "memory", "data", "errors"},
     "generation": {"pretrained", "model", "memory", "data", "errors", "pace"},
-    "training": {"pretrained", "model", "memory", "data", "errors", "failures", "pace", "parsing"},
+    "training": {
+        "generation",
+        "pretrained",
+        "model",
+        "memory",
+        "data",
+        "errors",
+        "failures",
+        "pace",
+        "parsing",
+    },
     "commands": {"training", "generation", "pretrained", "model", "memory", "data", "errors"},
 }
 """What each room may import of the package, besides itself."""

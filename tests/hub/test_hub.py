@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from exported import SMALL, TEXT, small
+from transformers import AutoModelForCausalLM
 
 from memorizing_transformers import MemorizingTransformer, MemoryConfig
 from memorizing_transformers.data.tokens.tokenizers import train_bpe
@@ -175,3 +178,28 @@ def test_a_model_on_the_hub_brings_its_tokenizer(
     local = MemorizingTransformer.from_pretrained(folder)
     assert model.tokenizer.get_vocab() == local.tokenizer.get_vocab()
     assert torch.equal(read_twice(model), read_twice(local))
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+def test_the_auto_class_of_transformers_opens_a_saved_folder(
+    tmp_path: Path, ours_first: bool
+) -> None:
+    imports = ["import transformers\n", "import memorizing_transformers\n"]
+    code = (
+        "import sys\n"
+        + "".join(reversed(imports) if ours_first else imports)
+        + "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(type(model).__name__, model.config.segment_length, end='')\n"
+    )
+    model = small(xl_cache=16)
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert shown == "MemorizingForCausalLM 16"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, segment_length=8, memory={"top_k": 2})
+    assert again.config.segment_length == 8
+    assert again.net.config.memory.top_k == 2
+    assert torch.equal(again.net.embedding.weight, model.embedding.weight)
+    ids = torch.randint(256, (2, 40))
+    made = again.generate(ids, max_new_tokens=5, do_sample=False)
+    assert made.shape == (2, 45)

@@ -10,12 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ConfigError
 from ..model import MemorizingNet
-from .session import Session
+from ..pretrained.arguments import MODEL_TYPE, SETTINGS
+from ..pretrained.hub import MemorizingTransformer
+from .session import UNKNOWN_LENGTH, Session
 
 
 class SessionCache:
@@ -100,13 +109,15 @@ class MemorizingConfig(PreTrainedConfig):
 
     Args:
         vocab_size: tokens V.
-        segment_length: tokens of a segment.
+        segment_length: tokens of a segment; None where a saved model does not say.
         options: of ``PreTrainedConfig``, such as the tokens that end a text.
     """
 
-    model_type = "memorizing-session"
+    model_type = MODEL_TYPE
 
-    def __init__(self, vocab_size: int = 0, segment_length: int = 512, **options: Any) -> None:
+    def __init__(
+        self, vocab_size: int = 0, segment_length: int | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.vocab_size = vocab_size
         self.segment_length = segment_length
@@ -129,6 +140,32 @@ class MemorizingForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemorizingConfig, net: MemorizingNet) -> None:
         super().__init__(config)
         self.net = net.eval()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str, *_: Any, **options: Any
+    ) -> MemorizingForCausalLM:
+        """A folder or hub name that ``MemorizingTransformer.save_pretrained`` wrote.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the hub.
+            options: ``segment_length`` (default: that of the XL cache, else 512), and those of
+                ``MemorizingTransformer.from_pretrained``.
+
+        Raises:
+            ConfigError: as there.
+        """
+        # The Auto classes add arguments, and put what a configuration knows into one.
+        config = options.pop("config", None)
+        for name in [name for name in options if name.startswith("_") or name == "adapter_kwargs"]:
+            del options[name]
+        for name in (*SETTINGS, "segment_length"):
+            if getattr(config, name, None) is not None:
+                options.setdefault(name, getattr(config, name))
+        length = options.pop("segment_length", None)
+        net = MemorizingTransformer.from_pretrained(pretrained_model_name_or_path, **options)
+        length = length or net.config.xl_cache or UNKNOWN_LENGTH
+        return causal_lm(net, length, net.tokenizer)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -212,3 +249,7 @@ def causal_lm(
     given = getattr(base, "generation_config", None)
     model.generation_config = given or GenerationConfig.from_model_config(config)
     return model
+
+
+AutoConfig.register(MODEL_TYPE, MemorizingConfig, exist_ok=True)
+AutoModelForCausalLM.register(MemorizingConfig, MemorizingForCausalLM, exist_ok=True)

@@ -15,6 +15,9 @@ from ..errors import ConfigError
 from ..memory import MemoryBank, OpenSegment
 from ..model import MemorizingNet, ModelOutput
 
+UNKNOWN_LENGTH = 512
+"""Tokens of a segment, of a model that does not say how it was trained and has no XL cache."""
+
 
 class Session:
     """What B rows have read: a bank, and the open segment that follows it.

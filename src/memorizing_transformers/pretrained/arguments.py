@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import ConfigError
 from ..model import MemoryConfig, ModelConfig
 
+MODEL_TYPE = "memorizing-transformer"
+"""By which transformers knows our own models."""
 SETTINGS = [field.name for field in fields(ModelConfig)]
 
 

@@ -21,7 +21,7 @@ from ..data.tokens.tokenizers import byte_tokenizer, load_tokenizer
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank, OpenSegment
 from ..model import ModelConfig, ModelOutput, Transformer
-from .arguments import SETTINGS, brief, check_settings, refuse_unknown
+from .arguments import MODEL_TYPE, SETTINGS, brief, check_settings, refuse_unknown
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -92,6 +92,8 @@ class MemorizingTransformer(
     """
 
     def __init__(self, **settings: Any) -> None:
+        if settings.get("model_type") == MODEL_TYPE:  # config.json says it
+            del settings["model_type"]
         check_settings(settings)
         config = ModelConfig(**settings)
         if config.vocab_size is None:
@@ -216,7 +218,7 @@ class MemorizingTransformer(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The mixin would save only what the constructor was given: defaults may change one day.
-        self._hub_mixin_config = asdict(self.config)
+        self._hub_mixin_config = {"model_type": MODEL_TYPE, **asdict(self.config)}
         super()._save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory / TOKENIZER_FOLDER)
 

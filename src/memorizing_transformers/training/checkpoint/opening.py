@@ -8,7 +8,9 @@ from typing import Any
 
 from ...data.tokens.tokenizers import load_tokenizer
 from ...errors import ConfigError
+from ...generation.session import UNKNOWN_LENGTH
 from ...pretrained.adapt import load_base
+from ...pretrained.arguments import MODEL_TYPE
 from ...pretrained.hub import MemorizingTransformer
 from ...pretrained.induction import induction_layers
 from ...pretrained.memorized import MemorizedModel, memorize
@@ -17,9 +19,6 @@ from .folder import read_manifest
 
 FOR_PRETRAINED = {"segment_length": 1024, "size": 65536}
 """What a pretrained model gets that was never given a memory before."""
-
-UNKNOWN_LENGTH = 512
-"""Tokens of a segment, of a model that does not say how it was trained and has no XL cache."""
 
 AnyModel = MemorizingTransformer | MemorizedModel
 
@@ -112,4 +111,4 @@ def is_of_transformers(folder: Path) -> bool:
         settings = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return "model_type" in settings
+    return settings.get("model_type", MODEL_TYPE) != MODEL_TYPE
