@@ -55,6 +55,10 @@ def test_a_remembered_document_answers_as_one_that_is_read(
     said = command("remember", "--model", run.checkpoint, "--document", document, "--out", memory)
     assert f"tokens: {len(TEXT.encode())}" in said
     assert f"memory: {memory}" in said
+    assert "of them in the memory: the last" in said
+    small = ["remember", "--model", run.checkpoint, "--document", document, "--out", memory]
+    assert "of them" not in command(*small, "--memory_size", 4096)
+    command("remember", "--model", run.checkpoint, "--document", document, "--out", memory)
     ask = ["--prompt", "Ana M", "--max_new_tokens", SEGMENT + 3]
     answers = []
     for model in (run.checkpoint, export):

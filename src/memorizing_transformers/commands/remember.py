@@ -39,4 +39,7 @@ def remember(
     save(session, out, passage.name, reader.fingerprint)
     size = Path(out).stat().st_size
     print(f"tokens: {passage.count:,}")
+    slots = max((memory.size for memory in session.bank.memories.values()), default=0)
+    if passage.count > slots:
+        print(f"of them in the memory: the last {slots:,}; more with --memory_size")
     print(f"memory: {out} ({size / 1e6:.1f} MB)")
