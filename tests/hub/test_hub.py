@@ -201,5 +201,8 @@ def test_the_auto_class_of_transformers_opens_a_saved_folder(
     assert again.net.config.memory.top_k == 2
     assert torch.equal(again.net.embedding.weight, model.embedding.weight)
     ids = torch.randint(256, (2, 40))
+    again.save_pretrained(tmp_path / "copy")
+    copy = MemorizingTransformer.from_pretrained(tmp_path / "copy")
+    assert torch.equal(copy.embedding.weight, model.embedding.weight)
     made = again.generate(ids, max_new_tokens=5, do_sample=False)
     assert made.shape == (2, 45)

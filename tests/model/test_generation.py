@@ -11,6 +11,7 @@ from test_open_segment import SETTINGS, N, by_segment, text
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.generation.causal_lm import (
     MemorizingForCausalLM,
     SessionCache,
@@ -129,6 +130,8 @@ def test_each_row_is_the_start_of_rows_beside_each_other() -> None:
     cache.read(ids, None, last=True)
     cache.expand(6)
     found = cache.read(ids[:, :1].repeat_interleave(3, 0), None, last=True)
+    with pytest.raises(ConfigError, match="past_key_values = 9"):
+        cache.expand(9)
     expected = by_segment(model.net, torch.cat([ids, ids[:, :1]], 1))[:, -1:]
     assert torch.allclose(found, expected.repeat_interleave(3, 0), atol=2e-4)
 

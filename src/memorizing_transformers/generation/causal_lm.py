@@ -60,8 +60,16 @@ class SessionCache:
         return [self.sessions[row].take([0]) for row in rows]
 
     def expand(self, rows: int) -> None:
-        """Let each row be the start of as many rows, ``rows`` in all."""
-        count, own = divmod(rows, self.rows)[0], range(self.rows)
+        """Let each row be the start of as many rows, ``rows`` in all.
+
+        Raises:
+            ConfigError: where ``rows`` is no multiple.
+        """
+        count, rest = divmod(rows, self.rows)
+        if rest:
+            remedy = f"has read {self.rows} texts; give input_ids of as many rows, or a multiple"
+            raise ConfigError("past_key_values", rows, remedy)
+        own = range(self.rows)
         self.sessions = self._taken([row for row in own for _ in range(count)])
 
     def part(self) -> None:
@@ -166,6 +174,11 @@ class MemorizingForCausalLM(PreTrainedModel, GenerationMixin):
         net = MemorizingTransformer.from_pretrained(pretrained_model_name_or_path, **options)
         length = length or net.config.xl_cache or UNKNOWN_LENGTH
         return causal_lm(net, length, net.tokenizer)
+
+    def save_pretrained(self, save_directory: str, **options: Any) -> None:  # type: ignore[override]
+        """Write what ``from_pretrained`` reads: the network, as its own method writes it."""
+        net: Any = self.net
+        net.save_pretrained(save_directory, **options)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...data.tokens.tokenizers import load_tokenizer
 from ...errors import ConfigError
+from ...generation.causal_lm import MemorizingForCausalLM
 from ...generation.session import UNKNOWN_LENGTH
 from ...pretrained.adapt import load_base
 from ...pretrained.arguments import MODEL_TYPE
@@ -95,6 +96,9 @@ def open_for_use(
         model = MemorizingTransformer.from_pretrained(folder, **sizes).eval()
     else:
         base = load_base(name, "model")
+        if isinstance(base, MemorizingForCausalLM):  # of the hub, by its name
+            model = MemorizingTransformer.from_pretrained(name, **sizes)
+            return model, choose_segment(segment_length, {}, base.config.segment_length)
         layers = induction_layers(base, show=False)
         length = segment_length or FOR_PRETRAINED["segment_length"]
         memory = {"size": memory_size or FOR_PRETRAINED["size"], "search": "bucketed"}
