@@ -24,8 +24,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = " ".join(draw.choice(WORDS.split()) for _ in range(40 + 10 * index))
         (home / "texts" / f"{index}.txt").write_text(text, "utf-8")
     tokenizer = train_bpe([WORDS * 4], 270)
-    for name, scale in (("base", 1.0), ("other", 1.01)):
-        model = tiny("llama", vocab_size=len(tokenizer))
+    for name, scale, layers in (("base", 1.0, 2), ("other", 1.01, 2), ("deep", 1.0, 7)):
+        model = tiny("llama", layers, vocab_size=len(tokenizer))
         with torch.no_grad():
             model.lm_head.weight.mul_(scale)  # type: ignore[union-attr,operator]
         model.save_pretrained(home / name)

@@ -114,6 +114,22 @@ def test_the_commands_export_and_inspect_a_checkpoint(
     assert f"report: {tmp_path / 'model-read' / 'index.html'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layers", [[5], [-1, 4], None], ids=str)
+def test_a_base_may_have_more_layers_than_our_own_models(
+    home: Path, tmp_path: Path, layers: list[int] | None
+) -> None:
+    module, _ = fit(home, tmp_path, steps=3, base="deep", memory={"layers": layers})
+    net = module.net
+    assert isinstance(net, MemorizedModel)
+    if layers is not None:
+        assert net.memory_layers == tuple(sorted(layer % 7 for layer in layers))
+    expected = read(net.eval())  # type: ignore[arg-type]
+    assert torch.equal(read(load_model(tmp_path / "step=3.ckpt")), expected)  # type: ignore[arg-type]
+    fit(home, tmp_path / "b", 4, tmp_path / "step=3.ckpt", base="deep", memory={"layers": layers})
+    with pytest.raises(ConfigError, match=r"model\.memory\.layers = \[7\]"):
+        fit(home, tmp_path, base="deep", memory={"layers": [7]})
+
+
 def test_another_base_is_refused_by_name(home: Path, tmp_path: Path) -> None:
     memorized(home / "base").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"^base = .*other': has other weights"):

@@ -238,6 +238,9 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError("model.dropout", self.dropout, "must lie in [0, 1)")
         self.memory.validate()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
         for layer in self.memory.layers or []:
             if not -self.num_layers <= layer < self.num_layers:
                 remedy = f"each must lie between 0 and {self.num_layers - 1}, or count from -1 down"

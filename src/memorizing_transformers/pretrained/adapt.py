@@ -65,6 +65,13 @@ class AdaptConfig:
                 )
 
 
+class AdaptedConfig(ModelConfig):
+    """The settings of a pretrained model with a memory, before its number of layers is known."""
+
+    def _check_layers(self) -> None:
+        """``MemorizedModel`` does it."""
+
+
 def load_base(name: str, key: str = "model.base") -> Any:
     """A decoder of transformers with fp32 weights.
 

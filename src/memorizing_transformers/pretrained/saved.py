@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from ..data.sources.documents import first_line
 from ..data.tokens.tokenizers import load_tokenizer
 from ..errors import ConfigError
-from ..model import MemoryConfig, ModelConfig
-from .adapt import AdaptConfig, AdaptedModel, load_base
+from ..model import MemoryConfig
+from .adapt import AdaptConfig, AdaptedConfig, AdaptedModel, load_base
 from .arguments import check_memory, refuse_unknown
 from .hub import TOKENIZER_FOLDER
 from .memorized import MemorizedModel
@@ -58,7 +58,7 @@ def build(settings: dict[str, Any], base: Any = None, **overrides: Any) -> Adapt
     loaded = load_base(str(name), "base") if isinstance(name, str | Path) else name
     memory = {**settings["memory"], **overrides.pop("memory", {})}
     xl_cache = overrides.pop("xl_cache", settings["xl_cache"])
-    config = ModelConfig(xl_cache=xl_cache, memory=MemoryConfig(**memory))
+    config = AdaptedConfig(xl_cache=xl_cache, memory=MemoryConfig(**memory))
     model = AdaptedModel(loaded, config, AdaptConfig(**settings["adapt"]))
     if model.fingerprint != settings["fingerprint"]:
         remedy = (

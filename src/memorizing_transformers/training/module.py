@@ -20,7 +20,7 @@ from ..data.batch import Batch
 from ..errors import ConfigError, UserError
 from ..memory import MemoryBank
 from ..model import MemorizingNet, ModelConfig, ModelOutput, Transformer
-from ..pretrained.adapt import AdaptConfig, adapted_model
+from ..pretrained.adapt import AdaptConfig, AdaptedConfig, adapted_model
 from .best_neighbour import best_neighbour
 from .callbacks import MemoryClearing, StalenessControl, StalenessLogging
 from .checkpoint.folder import FOLDER_KEY
@@ -67,9 +67,9 @@ class MemorizingLM(LightningModule):
         **settings: Any,
     ) -> None:
         super().__init__()
-        config = ModelConfig(**settings)
+        kind = ModelConfig if base is None else AdaptedConfig
+        self.config: ModelConfig = kind(**settings)
         optimizer.validate()
-        self.config = config
         self.optimizer_config = optimizer
         self.save_memory = save_memory
         self.init_from = init_from
