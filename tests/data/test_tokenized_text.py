@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from examples import HOSTILE, word_tokenizer
+from hostile import HOSTILE, word_tokenizer
 
 from memorizing_transformers.data.tokens.tokenized_text import name_of_token, read_text, tokenize
 from memorizing_transformers.data.tokens.tokenizers import (

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from hostile import word_tokenizer
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from memorizing_studies.inspection.command import examine
 from memorizing_studies.inspection.report import Report
@@ -32,18 +31,6 @@ from memorizing_transformers.training.checkpoint.folder import (
 
 SEGMENT = 16
 
-HOSTILE = (
-    "</script><script>window.hacked = 1</script>\n"
-    "<img src=x onerror='window.hacked = 1'> <!-- ]]> --> {{data}} ${hacked} &lt;b&gt; \\u003c\n"
-    '" onmouseover="window.hacked = 1" </style><style>*{display:none}</style>\n'
-    "NUL \0 bell \a escape \x1b[31m delete \x7f next line \x85 line \u2028 paragraph \u2029\r\n"
-    "override \u202eevil\u202c isolate \u2066left \u200fmark עברית العربية zero\u200bwidth \ufeff\n"
-    "emoji 😀 👩‍👩‍👧 🇺🇳 astral \U0001d518 combining e\u0301\u0302\u0303\u0304\n"
-    "noncharacter \uffff tag \U000e0041\n"
-    "javascript:alert(1) <a href=javascript:window.hacked=1>x</a> \\ud800 %3Cscript%3E\ttab\n"
-)
-"""Everything that might break out of a page, or rearrange it."""
-
 
 def small_model(**settings: Any) -> MemorizingTransformer:
     """Two layers on bytes, the second with a memory of 32; keys of ``MemoryConfig`` go into it."""
@@ -58,13 +45,6 @@ def small_model(**settings: Any) -> MemorizingTransformer:
         for parameter in model.memory_parameters():
             parameter += torch.randn(parameter.shape)
     return model.eval()
-
-
-def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def identity_model(words: list[str], **memory: Any) -> MemorizingTransformer:

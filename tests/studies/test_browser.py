@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Browser, find_browser
-from examples import HOSTILE, identity_model, planted, report_on, small_model
+from examples import identity_model, planted, report_on, small_model
+from hostile import HOSTILE
 
 from memorizing_studies.inspection.page import render
 from memorizing_studies.inspection.report import Report

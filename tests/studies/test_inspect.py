@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples import HOSTILE, SEGMENT, save_checkpoint, small_model
+from examples import SEGMENT, save_checkpoint, small_model
+from hostile import HOSTILE
 
 from memorizing_transformers.__main__ import main
 from memorizing_transformers.training.checkpoint.folder import TRAINER_FILE

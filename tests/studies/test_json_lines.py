@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from examples import HOSTILE, identity_model, planted, report_on, small_model
+from examples import identity_model, planted, report_on, small_model
+from hostile import HOSTILE
 
 from memorizing_studies.inspection.json_lines import BLOCK, objects, write_lines
 from memorizing_studies.inspection.report import Report

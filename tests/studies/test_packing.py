@@ -7,7 +7,8 @@ import gzip
 
 import numpy as np
 import pytest
-from examples import HOSTILE, report_on, small_model
+from examples import report_on, small_model
+from hostile import HOSTILE
 from numpy.typing import NDArray
 
 from memorizing_studies.inspection.packing import (

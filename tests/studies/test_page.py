@@ -8,7 +8,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from examples import HOSTILE, report_on, small_model
+from examples import report_on, small_model
+from hostile import HOSTILE
 
 from memorizing_studies.inspection.page import facts, render
 from memorizing_studies.inspection.plots import INK, draw

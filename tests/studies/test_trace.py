@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from examples import HOSTILE, SEGMENT, bytes_of, identity_model, planted, report_on, small_model
+from examples import SEGMENT, bytes_of, identity_model, planted, report_on, small_model
+from hostile import HOSTILE
 
 from memorizing_studies.inspection.trace import NOT_FOUND, distance_edges, read_document
 from memorizing_transformers import MemorizingTransformer
