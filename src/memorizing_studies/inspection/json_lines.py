@@ -1,4 +1,4 @@
-"""The report as JSON lines: one object a token, for those who go on with other tools.
+"""The report as JSON lines: one object a token, for those who continue with other tools.
 
 {"index": 812, "id": 301, "text": "parse", "bits": {"off": 9.1, "2048": 0.6},
  "gain": {"2048": 8.5}, "retrieved": {"2048": [{"layer": 2, "head": 0, "share": 0.64,

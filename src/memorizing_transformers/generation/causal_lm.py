@@ -51,7 +51,7 @@ class SessionCache:
         return self.seen
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` goes on as row ``beam_idx[i]``."""
+        """Row ``i`` continues as row ``beam_idx[i]``."""
         self.sessions = self._taken(beam_idx.tolist())
 
     def _taken(self, rows: list[int]) -> list[Session]:
@@ -73,7 +73,7 @@ class SessionCache:
         self.sessions = self._taken([row for row in own for _ in range(count)])
 
     def part(self) -> None:
-        """Let each row go on by itself."""
+        """Let each row continue by itself."""
         if len(self.sessions) == 1:
             (session,) = self.sessions
             self.sessions = [session.take([row]) for row in range(self.rows)]

@@ -137,7 +137,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load(path: str | Path, model: MemorizingNet, tokenizer: str) -> tuple[Session, str]:
-    """A session that goes on where ``save`` left it, and the name of its document.
+    """A session that continues where ``save`` left it, and the name of its document.
 
     Args:
         path: the file.

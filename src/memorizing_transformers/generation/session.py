@@ -68,7 +68,7 @@ class Session:
             part = input_ids[:, start : start + room]
             whole = part.shape[1] == self.segment_length
             with torch.no_grad():
-                # A whole segment is read as training reads it, with no buffer.
+                # A full segment is read as training reads it, with no buffer.
                 output = self.model(part, self.bank, open_segment=None if whole else self.open)
             if self.observer is not None:
                 self.observer(self, part, output)

@@ -25,7 +25,7 @@ class OpenCache:
         keys: (B, G, W, D) cached keys, as attention takes them.
         values: (B, G, W, D).
         valid: (B, W) bool, which of them count.
-        room: tokens N of a whole segment.
+        room: tokens N of a full segment.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, valid: Tensor, room: int) -> None:
@@ -44,7 +44,7 @@ class OpenCache:
         Args:
             cache: the layer's XL cache, or None.
             pairs: of any tokens.
-            room: tokens N of a whole segment.
+            room: tokens N of a full segment.
         """
         if cache is not None:
             return cls(cache.keys, cache.values, cache.valid(), room)
@@ -94,7 +94,7 @@ class OpenSegment:
 
     Args:
         bank: what was read before the segment; not changed.
-        length: tokens N of a whole segment.
+        length: tokens N of a full segment.
     """
 
     def __init__(self, bank: MemoryBank, length: int) -> None:

@@ -94,7 +94,7 @@ def load_base(name: str, key: str = "model.base") -> Any:
 
 
 class AdaptedModel(MemorizedModel):
-    """A ``MemorizedModel`` whose base stays as it is, but for what ``adapt.train`` names.
+    """A ``MemorizedModel`` whose base stays as it is, except for what ``adapt.train`` names.
 
     Its ``state_dict`` holds what is trained; loading one needs no more.
 

@@ -27,12 +27,12 @@ class Segment:
     seen: dict[int, Readable] = field(default_factory=dict)
     """By layer, the memory as this segment's queries see it."""
     length: int = 0
-    """Tokens of the whole segment, if it is read in parts; 0 for those that are read now."""
+    """Tokens of the complete segment, if it is read in parts; 0 for those that are read now."""
     before: dict[int, OpenCache] = field(default_factory=dict)
     """By layer, what the next part sees before it, keys at their positions."""
 
     def take(self, rows: Tensor, bank: MemoryBank) -> Segment:
-        """One whose row ``i`` goes on as row ``rows[i]`` of this one would."""
+        """One whose row ``i`` continues as row ``rows[i]`` of this one would."""
         taken = Segment(dict(bank.memories), dict(bank.caches), length=self.length)
         taken.before = {layer: cache.take(rows) for layer, cache in self.before.items()}
         for layer, seen in self.seen.items():
