@@ -39,8 +39,8 @@ def walk(folder: Path, marks: Collection[str]) -> Iterator[Path]:
     """Every folder at or below one that holds a file of these names.
 
     Links are followed, each place is visited once, and nothing is looked for below a folder that
-    was found. Hidden folders are left out except for ``.NAME.replaced``: a run that died between the
-    two renames of a save has its last checkpoint there.
+    was found. Hidden folders are left out except for ``.NAME.replaced``: a run that died between
+    the two renames of a save has its last checkpoint there.
     """
     seen = set()
     for path, names, files in os.walk(folder, followlinks=True):
