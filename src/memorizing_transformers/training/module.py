@@ -67,8 +67,8 @@ class MemorizingLM(LightningModule):
         **settings: Any,
     ) -> None:
         super().__init__()
-        kind = ModelConfig if base is None else AdaptedConfig
-        self.config: ModelConfig = kind(**settings)
+        config = ModelConfig(**settings) if base is None else AdaptedConfig(**settings)
+        self.config = config
         optimizer.validate()
         self.optimizer_config = optimizer
         self.save_memory = save_memory
