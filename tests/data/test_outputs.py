@@ -86,6 +86,8 @@ OURS: dict[str, list[str]] = {
                 "out/small/seed-0/version_0/hparams.yaml"],
     "tables": ["out/table.md", "out/table.csv", "out/trials.csv", "out/plot.png",
                "out/tensorboard/small/events.out.tfevents.1"],
+    "a memorized model": ["model/memorized.json", "model/memory.safetensors",
+                          "model/tokenizer/tokenizer.json"],
     "an export": ["model/config.json", "model/model.safetensors", "model/README.md",
                   "model/tokenizer/tokenizer.json"],
     "a large export": ["model/config.json", "model/model-00001-of-00002.safetensors",

@@ -16,6 +16,7 @@ EVENTS = "events.out.tfevents.*"
 RUN_FILES = (EVENTS, "hparams.yaml", "config.yaml", "metrics.csv", "report.json", "checkpoints")
 PREDICTIONS = ("predictions*.parquet", "documents*.parquet")
 TABLES = ("table.md", "table.csv", "trials.csv", "plot.png", "tensorboard")
+MEMORIZED = ("memorized.json", "memory.safetensors", "tokenizer")
 MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "tokenizer", "README.md")
 EVERYTHING = ("*",)
 COMPLETE_FOLDERS = ((MANIFEST, "train.tokens.bin"), (MANIFEST, "trainer.ckpt"))
@@ -49,6 +50,7 @@ RULES = (
     Rule("*", TABLES[:3], TABLES),
     Rule("*", ("index.html", "tokens.jsonl"), ("index.html", "tokens.jsonl")),
     Rule("*", ("config.json", "model*.safetensors"), MODEL),
+    Rule("*", MEMORIZED[:2], MEMORIZED),
 )
 
 

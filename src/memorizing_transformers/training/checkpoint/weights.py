@@ -59,6 +59,7 @@ def _of_checkpoint(folder: Path) -> Weights:
 
 def _of_export(folder: Path) -> Weights:
     settings = json.loads((folder / "config.json").read_text("utf-8"))
+    settings.pop("model_type", None)
     tokenizer = None
     if (folder / TOKENIZER_FOLDER).is_dir():
         tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER))
