@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, launchers
 from torchmetrics import Metric
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGES = tuple(folder.name for folder in SOURCE.iterdir() if (folder / "__init__.py").is_file())
@@ -39,6 +39,7 @@ USED: dict[str, Callable[[], Any]] = {
     "_last_checkpoint_saved": ModelCheckpoint,
     "_last_global_step_saved": ModelCheckpoint,
     "_run_subcommand": lambda: LightningCLI,
+    "_supports_default_dynamic_cache": lambda: GenerationMixin,
     "_parse_ckpt_path": lambda: LightningCLI,
     "_save_pretrained": lambda: PyTorchModelHubMixin,
     "lightning.pytorch.strategies.launchers._MultiProcessingLauncher": lambda: launchers,
