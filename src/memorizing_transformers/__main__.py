@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import signature
+from inspect import formatannotation, signature
 from pathlib import Path
 
 from docstring_parser import parse as docstring
@@ -118,10 +118,13 @@ def _plain_options(parser: OneLineParser, command: Callable[..., None]) -> list[
     """Add a command's lists and switches, which need no brackets and no true; their names."""
     words = {p.arg_name: p.description for p in docstring(command.__doc__ or "").params}
     added = []
-    for name, parameter in signature(command, eval_str=True).parameters.items():
-        if parameter.annotation == list[str] | None:
+    for name, parameter in signature(command).parameters.items():
+        # Not evaluated: an extension may import what it names for type checkers only.
+        kind = parameter.annotation
+        kind = kind if isinstance(kind, str) else formatannotation(kind)
+        if kind == "list[str] | None":
             parser.add_argument(f"--{name}", nargs="+", type=str, help=words.get(name))
-        elif parameter.annotation is bool and parameter.default is False:
+        elif kind == "bool" and parameter.default is False:
             parser.add_argument(f"--{name}", action="store_true", help=words.get(name))
         else:
             continue

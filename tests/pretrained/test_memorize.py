@@ -177,6 +177,16 @@ def test_a_step_of_the_memorys_own_numbers_makes_the_loss_smaller(family: str) -
     assert losses[1] < losses[0]
 
 
+def test_a_model_gets_one_memory_only() -> None:
+    base, ids = tiny("llama"), tokens(1, N)
+    expected = full(base, ids)
+    model = memorize(base, {"size": 32, "top_k": 4}, layers=[1])
+    for layers in ([0], "auto"):
+        with pytest.raises(ConfigError, match="has a memory already"):
+            memorize(base, {"size": 32, "top_k": 4}, layers=layers)
+    assert torch.equal(full(model, ids), expected)
+
+
 def test_a_model_of_peft_is_taken_as_it_is() -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

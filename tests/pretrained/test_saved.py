@@ -164,6 +164,12 @@ def test_a_folder_that_cannot_be_read_is_named(home: Path, tmp_path: Path, damag
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_cannot_be_written_is_named(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^save_pretrained = .*file"):
+        memorized(home / "base").save_pretrained(tmp_path / "file")
+
+
 def test_the_other_class_says_which_one_reads_the_folder(home: Path, tmp_path: Path) -> None:
     memorized(home / "base").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"MemorizedModel\.from_pretrained"):

@@ -73,6 +73,10 @@ class MemorizedModel(MemorizingNet):
         memory.validate(f"{self.prefix}memory.")
         self._check_settings(memory, xl_cache, position, skip_first)
         modules = attention_modules(base)
+        if any(hasattr(module, "memory_hook") for module in modules.values()):
+            name = str(getattr(base, "name_or_path", type(base).__name__))
+            remedy = "has a memory already; use that one, or load the model again"
+            raise ConfigError("memorize", name, remedy)
         self.fingerprint = fingerprint_weights(base.state_dict())
         """Of the base's own weights."""
         self.base_name = str(getattr(base, "name_or_path", ""))

@@ -76,16 +76,23 @@ def save_memorized(model: MemorizedModel, folder: str | Path) -> None:
         model: of ``memorize``, of which the memory's own weights are saved, or of a training run,
             of which all trained ones are.
         folder: made if missing.
+
+    Raises:
+        ConfigError: where nothing can be written there.
     """
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     if not isinstance(model, AdaptedModel):
         state = {name: tensor for name, tensor in state.items() if ".memory_reader." in name}
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path / WEIGHTS)
-    (path / SETTINGS).write_text(json.dumps(describe(model), indent=2) + "\n", "utf-8")
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(path / TOKENIZER_FOLDER)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path / WEIGHTS)
+        (path / SETTINGS).write_text(json.dumps(describe(model), indent=2) + "\n", "utf-8")
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(path / TOKENIZER_FOLDER)
+    except (OSError, SafetensorError) as error:
+        remedy = f"cannot be written; give a folder that can ({first_line(error)})"
+        raise ConfigError("save_pretrained", str(folder), remedy) from error
 
 
 def load_memorized(folder: str | Path, base: Any = None, **overrides: Any) -> AdaptedModel:
