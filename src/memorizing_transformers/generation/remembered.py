@@ -109,7 +109,7 @@ def save(session: Session, path: str | Path, name: str, tokenizer: str) -> None:
     }
     whole = {HEADER: json.dumps({**header, "digest": _digest(tensors, header)})}
     path = Path(path)
-    draft = path.with_name(f".{path.name}.partial")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, draft, whole)
