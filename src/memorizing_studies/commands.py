@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -107,8 +108,75 @@ def suffix_cache(predictions: str, window: int | None = None) -> None:
     show(predictions, window)
 
 
+def serve(
+    model: str,
+    memory: list[str] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    max_upload: int = 10_000_000,
+    max_new_tokens: int = 1024,
+    max_conversations: int = 16,
+    idle_minutes: float = 60.0,
+    segment_length: int | None = None,
+    memory_size: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Serve a model and what it remembers, in the manner of OpenAI's API.
+
+    Clients can open conversations and upload documents to them. Each conversation has a memory of
+    its own, which ends with it.
+
+    Example: python -m memorizing_transformers serve --model model --memory book.memory
+
+    Args:
+        model: A checkpoint, a folder of export, or the folder or hub name of a pretrained model.
+        memory: Files that remember wrote, or folders of them; every conversation reads them.
+        host: Address to listen at. 127.0.0.1 = this machine alone, 0.0.0.0 = all machines.
+        port: Port to listen at.
+        token: What clients must give as api_key. Default: MEMORIZING_TOKEN if set, else none.
+        max_upload: Bytes of an uploaded document, at most.
+        max_new_tokens: Tokens of an answer, at most.
+        max_conversations: Conversations open at once, at most; each can hold a complete memory.
+        idle_minutes: Minutes after which a conversation that nobody uses ends.
+        segment_length: Tokens that are read at once. Default: as in training, else the length of
+            the XL cache, else 512.
+        memory_size: Slots of each memory. Default: as in training.
+        device: Where to compute. Default: a GPU where there is one.
+    """
+    from memorizing_transformers.errors import ConfigError
+
+    for name, value in (
+        ("max_upload", max_upload),
+        ("max_new_tokens", max_new_tokens),
+        ("max_conversations", max_conversations),
+        ("idle_minutes", idle_minutes),
+    ):
+        if not value > 0:
+            raise ConfigError(name, value, "must be above 0")
+    try:
+        from .serving.server import Served, run
+    except ModuleNotFoundError as error:
+        remedy = "needs LitServe; pip install -e '.[serve]'"
+        raise ConfigError("serve", model, remedy) from error
+    served = Served(
+        model,
+        memory or [],
+        segment_length,
+        memory_size,
+        device,
+        max_new_tokens,
+        max_conversations,
+        idle_minutes,
+        token or os.environ.get("MEMORIZING_TOKEN") or None,
+        f"http://{host}:{port}/v1",
+    )
+    run(served, host, port, max_upload)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "ablate": ablate,
     "suffix-cache": suffix_cache,
+    "serve": serve,
 }

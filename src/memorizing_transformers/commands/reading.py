@@ -55,8 +55,17 @@ class Reader:
         Raises:
             ConfigError: where it cannot be read.
         """
-        name = Path(path).name
-        ids = self.ids(read_text(Path(path)))
+        return self.read_on(session, Path(path).name, read_text(Path(path)))
+
+    def read_on(self, session: Session, name: str, text: str) -> Passage:
+        """Read a text on a progress bar, and say which positions of the memory it has.
+
+        Args:
+            session: of one row.
+            name: of the document.
+            text: what it holds.
+        """
+        ids = self.ids(text)
         passage = Passage(name, session.count, 0, ids.shape[1])
         with tqdm(
             total=ids.shape[1], desc=name, unit=" tokens", file=sys.stderr, disable=None

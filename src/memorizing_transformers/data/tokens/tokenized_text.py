@@ -56,13 +56,26 @@ def read_text(path: Path) -> str:
         raise ConfigError(
             "document", str(path), f"cannot be read ({first_line(error)}); give a text file"
         ) from error
+    return text_of(raw, str(path))
+
+
+def text_of(raw: bytes, name: str) -> str:
+    """The text of UTF-8 bytes, its line ends as they stand, without a byte order mark.
+
+    Args:
+        raw: the bytes.
+        name: of the document, for errors.
+
+    Raises:
+        ConfigError: where they are empty or not UTF-8.
+    """
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         remedy = f"is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
-        raise ConfigError("document", str(path), remedy) from error
+        raise ConfigError("document", name, remedy) from error
     if not text:
-        raise ConfigError("document", str(path), "is empty; give a file that holds text")
+        raise ConfigError("document", name, "is empty; give a file that holds text")
     return text
 
 

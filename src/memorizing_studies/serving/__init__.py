@@ -1,0 +1,1 @@
+"""An endpoint in the manner of OpenAI's, whose conversations have memories."""
