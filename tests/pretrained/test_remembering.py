@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from memorizing_transformers import MemorizedModel, memorize
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.generation.causal_lm import SessionCache, causal_lm
+from memorizing_transformers.generation.library import Library
 from memorizing_transformers.generation.remembered import join, load, save
 from memorizing_transformers.generation.session import Session
 
@@ -120,3 +121,36 @@ def test_prompts_that_share_a_memory_answer_as_if_alone(beams: int) -> None:
     together = ask(prompts)
     for row, prompt in enumerate(prompts):
         assert torch.equal(together[row : row + 1], ask(prompt[None]))
+
+
+@pytest.mark.parametrize("position", ["distance", "start"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gpt_oss", "gemma2"])
+def test_a_library_is_as_a_memory_of_text_that_is_far_away(
+    family: str, position: str, tmp_path: Path
+) -> None:
+    settings = {"size": 80, "top_k": 80, "search": "exact"}
+    model = memorize(tiny(family), settings, layers=[1], position=position).eval()
+    documents = [text(27, 1), text(14, 2)]
+    library = Library.create(tmp_path / "library", model, "words", N, 200)
+    sessions = []
+    for number, ids in enumerate(documents):
+        list(library.add(Session(model, 1, N), ids, str(number)))
+        sessions.append(Session(model, 1, N))
+        sessions[-1].read(ids)
+    joined, _ = join(sessions, ["0", "1"])
+    for memory in joined.bank.memories.values():
+        memory.read += 10**6  # tokens between the documents and the prompt
+    reader = Session(model, 1, N)
+    library.attach(reader)
+    for token_by_token in (False, True):
+        one, other = reader.take([0]), joined.take([0])
+        if token_by_token:
+            found, wanted = answer(one), answer(other)
+        else:
+            ids = text(3 * N, 9)
+            found, wanted = (
+                torch.cat([output.logits for _, output in session.parts(ids)], 1)
+                for session in (one, other)
+            )
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(answer(Session(model, 1, N)), answer(reader.take([0])), atol=1e-3)

@@ -160,3 +160,36 @@ def test_every_mistake_is_told_in_one_line(
         ([*ask, "--nonsense", 1], "nonsense"),
     ):
         assert named in command.error(*args), args
+
+
+def test_an_index_collects_documents(
+    command: Command, run: Run, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    index, other = tmp_path / "all", tmp_path / "other.txt"
+    other.write_text("Numbers: " + "one two three " * 20, "utf-8")
+    add = ["remember", "--model", run.checkpoint, "--index", index, "--document"]
+    ask = ["generate", "--model", run.checkpoint, "--prompt", "Ana", "--max_new_tokens", 9]
+    ask += ["--temperature", 0, "--sources"]
+    assert f"documents in {index}: 1 with" in command(*add, document, "--capacity", 2000)
+    one = command(*ask, "--memory", index)
+    assert f"documents in {index}: 2 with" in command(*add, other)
+    both = command(*ask, "--memory", index)
+    assert "ana.txt" in one
+    assert "other.txt" not in one
+    assert "other.txt" in both
+    for mistake, words in (
+        ([*add, document, "--out", tmp_path / "a.memory"], "--index"),
+        ([*add[:3], "--document", document], "--index"),
+        ([*add, document, "--capacity", 0], "capacity"),
+        ([*ask, "--memory", index, index], "alone"),
+        (
+            ["remember", "--model", run.checkpoint, "--index", tmp_path, "--document", document],
+            "new folder",
+        ),
+    ):
+        assert words in command.error(*mistake)
+    large = tmp_path / "large.txt"
+    large.write_text("x" * 2000, "utf-8")
+    assert "--capacity" in command.error(*add, large)
+    assert command(*ask, "--memory", index) == both

@@ -15,6 +15,7 @@ from ..data.sources.documents import first_line
 from ..data.tokens.tokenized_text import read_text, tokenize
 from ..data.tokens.tokenizers import fingerprint_tokenizer
 from ..errors import ConfigError
+from ..generation.library import CAPACITY, Library, adding, is_library
 from ..generation.remembered import Passage, join, load
 from ..generation.session import Session
 from ..training.checkpoint.opening import AnyModel, open_for_use
@@ -74,15 +75,55 @@ class Reader:
                 bar.update(part.shape[1])
         return passage
 
+    def add_to(
+        self, folder: Path, document: str, memory_size: int | None, capacity: int | None
+    ) -> None:
+        """Read a document on a progress bar, add it to a library, and say what that holds then.
+
+        Args:
+            folder: of the library; a new one is made.
+            document: a text file.
+            memory_size: slots of the memory that reads it; None for the model's own.
+            capacity: pairs that a new library has room for; None for the default.
+
+        Raises:
+            ConfigError: where it cannot be read or added.
+        """
+        ids, name = self.ids(read_text(Path(document))), Path(document).name
+        facts = (folder, self.model, self.fingerprint)
+        with adding(folder):
+            if is_library(folder):
+                library = Library(*facts)
+            else:
+                library = Library.create(*facts, self.segment_length, capacity or CAPACITY)
+            length = library.catalogue.segment_length
+            bank = self.model.new_memory(1, size=memory_size)
+            session = Session(self.model, 1, length, bank)
+            with tqdm(
+                total=ids.shape[1], desc=name, unit=" tokens", file=sys.stderr, disable=None
+            ) as bar:
+                for count in library.add(session, ids, name):
+                    bar.update(count)
+        known = library.catalogue
+        print(f"tokens: {ids.shape[1]:,}")
+        print(f"documents in {folder}: {len(known.documents):,} with {known.tokens:,} tokens")
+
     def recall(self, files: Sequence[str]) -> tuple[Session, list[Passage]]:
         """What files of ``remember`` hold, together.
 
         Args:
-            files: each a file, or a folder of files that end in .memory.
+            files: each a file, or a folder of files that end in .memory; or one index.
 
         Raises:
             ConfigError: where there is none, or one cannot be used.
         """
+        if any(is_library(Path(file)) for file in files):
+            if len(files) > 1:
+                raise ConfigError("memory", " ".join(files), "an index is read alone; give one")
+            library = Library(Path(files[0]), self.model, self.fingerprint)
+            session = Session(self.model, 1, library.catalogue.segment_length)
+            library.attach(session)
+            return session, library.passages
         paths: list[Path] = []
         for file in files:
             path = Path(file)

@@ -8,7 +8,9 @@ from pathlib import Path
 def remember(
     model: str,
     document: str,
-    out: str,
+    out: str | None = None,
+    index: str | None = None,
+    capacity: int | None = None,
     segment_length: int | None = None,
     memory_size: int | None = None,
     device: str | None = None,
@@ -24,16 +26,28 @@ def remember(
         model: A checkpoint, a folder of export, or the folder or hub name of a pretrained model.
         document: A UTF-8 text file.
         out: The file to write; its name should end in .memory.
+        index: A folder that collects very many documents, in the place of out: the document is
+            added to it. generate and serve take the folder as memory.
+        capacity: Pairs of each memory that a new index has room for, one a token. Default: 4194304.
         segment_length: Tokens that are read at once. Default: as in training, else the length of
             the XL cache, else 512.
         memory_size: Slots of each memory. Default: as in training.
         device: Where to compute. Default: a GPU where there is one.
     """
+    from ..errors import ConfigError
     from ..generation.remembered import save
     from ..generation.session import Session
     from .reading import open_reader
 
+    if (out is None) == (index is None):
+        raise ConfigError("out", out, "give a file to write, or --index and a folder")
+    if capacity is not None and capacity < 1:
+        raise ConfigError("capacity", capacity, "must be at least 1")
     reader = open_reader(model, segment_length, memory_size, device)
+    if index is not None:
+        reader.add_to(Path(index), document, memory_size, capacity)
+        return
+    assert out is not None
     session = Session(reader.model, 1, reader.segment_length)
     passage = reader.read(session, document)
     save(session, out, passage.name, reader.fingerprint)

@@ -45,6 +45,8 @@ class Passage:
     """Position of that token in the document; more than 0 where the memory had to forget."""
     count: int
     """Tokens."""
+    library: bool = False
+    """Whether positions are those of a library, not of a memory."""
 
     def place(self, position: int) -> int:
         """The position in the document of a position in the memory."""

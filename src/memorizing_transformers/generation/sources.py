@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import Readable
 from ..model import ModelOutput
+from ..model.reader import Retrieval, Shelf
 from .remembered import Passage
 from .session import Session
 
 AROUND = 8
 """Tokens shown before and after a retrieved one."""
+
+
+Place = tuple[bool, int]
+"""Whether a position is one of a library, and the position."""
 
 
 @dataclass(frozen=True)
@@ -66,37 +72,44 @@ class Sources:
     def __call__(self, session: Session, input_ids: Tensor, output: ModelOutput) -> None:
         """Look at a part before its pairs are written."""
         count = input_ids.shape[1]
-        weights: list[dict[int, float]] = [{} for _ in range(count)]
-        slots: list[dict[int, tuple[int, int]]] = [{} for _ in range(count)]
+        weights: list[dict[Place, float]] = [{} for _ in range(count)]
+        slots: list[dict[Place, tuple[Readable, int]]] = [{} for _ in range(count)]
         shares = torch.zeros(count)
         layers = max(1, len(output.retrievals))
         for layer, found in output.retrievals.items():
             memory = session.bank.memories[layer]
             heads = found.share.shape[1]
-            parts = found.parts()[0].float().masked_fill(~found.valid[0], 0.0).cpu()
-            parts = parts / (heads * layers)
             shares += found.share[0].float().mean(0).cpu() / layers
-            places = found.slots[0].cpu().masked_fill(~found.valid[0].cpu(), 0)
-            positions = memory.positions[0].cpu()[places]
-            for token in range(count):
-                flat = parts[:, token].flatten()
-                best = flat.topk(min(8 * self.most, len(flat)))
-                for weight, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                    if weight > 0:
-                        position = int(positions[:, token].flatten()[index])
-                        known = weights[token]
-                        known[position] = known.get(position, 0.0) + weight
-                        slots[token][position] = (layer, int(places[:, token].flatten()[index]))
+            whole: list[tuple[Readable, Retrieval | Shelf]] = [(memory, found)]
+            if found.library is not None:
+                whole.append((memory.library, found.library))
+            for store, part in whole:
+                valid = part.valid[0].cpu()
+                weight = part.weights[0].float().cpu() * found.share[0].float().cpu()[..., None]
+                weight = weight.masked_fill(~valid, 0.0) / (heads * layers)
+                places = part.slots[0].cpu().masked_fill(~valid, 0)
+                positions = _positions(store, places)
+                for token in range(count):
+                    flat = weight[:, token].flatten()
+                    best = flat.topk(min(8 * self.most, len(flat)))
+                    for own, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                        if own > 0:
+                            position = int(positions[:, token].flatten()[index])
+                            place = (store is not memory, position)
+                            known = weights[token]
+                            known[place] = known.get(place, 0.0) + own
+                            slot = int(places[:, token].flatten()[index])
+                            slots[token][place] = (store, slot)
         copied = None if output.copied is None else output.copied[0].float().tolist()
         repeats = self._repeats(session, input_ids, copied)
         for token in range(count):
             best_first = sorted(weights[token].items(), key=lambda pair: -pair[1])
             sources = [
-                self._source(session, *slots[token][position], position, weight)
-                for position, weight in best_first[: self.most]
+                self._source(*slots[token][place], place, weight)
+                for place, weight in best_first[: self.most]
             ]
-            own = None if copied is None else copied[token]
-            self.origins.append(Origin(sources, float(shares[token]), own, repeats[token]))
+            own_copies = None if copied is None else copied[token]
+            self.origins.append(Origin(sources, float(shares[token]), own_copies, repeats[token]))
 
     def _repeats(
         self, session: Session, input_ids: Tensor, copied: list[float] | None
@@ -106,8 +119,7 @@ class Sources:
         head = getattr(session.model, "copy_head", None)
         if copied is None or head is None or "repeats" not in head.sources:
             return [None] * count
-        layer = max(session.bank.memories)
-        memory = session.bank.memories[layer]
+        memory = session.bank.memories[max(session.bank.memories)]
         ids = session.open.input_ids if session.open.count else input_ids
         found = head.sources["repeats"].search(ids, memory)
         lengths, distances = (x[0, -count:].cpu() for x in (found.lengths, found.distances))
@@ -127,29 +139,40 @@ class Sources:
                 sources.append(Source("", following, text, copied[token]))
                 continue
             slot = (following - int(memory.origin[0])) % memory.size
-            sources.append(self._source(session, layer, slot, following, copied[token]))
+            sources.append(self._source(memory, slot, (False, following), copied[token]))
         return sources
 
-    def _source(
-        self, session: Session, layer: int, slot: int, position: int, weight: float
-    ) -> Source:
-        memory = session.bank.memories[layer]
-        age, used = int(memory.age()[0, slot]), int(memory.used[0])
+    def _source(self, memory: Readable, slot: int, place: Place, weight: float) -> Source:
+        used = int(memory.used[0])
+        age = (int(memory.written[0]) - int(memory.origin[0]) - 1 - slot) % memory.size
         before, after = min(AROUND, used - 1 - age), min(AROUND, age)
         around = (slot + torch.arange(-before, after + 1)) % memory.size
         ids = memory.token_ids[0].cpu()[around]
         # A passage ends where its document ends.
-        there = memory.positions[0].cpu()[around]
-        passage = self.of(position)
-        same = [self.of(int(place)) is passage for place in there]
+        passage = self.of(place)
+        there = _positions(memory, around).tolist()
+        same = [self.of((place[0], position)) is passage for position in there]
         text = self.tokenizer.decode(ids[torch.tensor(same)].tolist())
         name = "" if passage is None else passage.name
-        where = position if passage is None else passage.place(position)
+        where = place[1] if passage is None else passage.place(place[1])
         return Source(name, where, text, weight)
 
-    def of(self, position: int) -> Passage | None:
-        """The passage that a position of the memory belongs to."""
+    def of(self, place: Place) -> Passage | None:
+        """The passage that a position of the memory or of its library belongs to."""
+        library, position = place
         for passage in self.passages:
-            if passage.first <= position < passage.first + passage.count:
+            last = passage.first + passage.count
+            if passage.library == library and passage.first <= position < last:
                 return passage
         return None
+
+
+def _positions(memory: Readable, slots: Tensor) -> Tensor:
+    """What ``memory.positions`` holds at slots of its first row, without those of all others."""
+    places = getattr(memory.base, "places", None)
+    slots = slots.to(memory.device)
+    if places is not None:
+        return places[memory.owner(0)][slots].cpu()
+    end = memory.written[0] - memory.origin[0]
+    age = (end - 1 - slots) % memory.size
+    return (memory.written[0] - 1 - age).clamp(min=0).cpu()

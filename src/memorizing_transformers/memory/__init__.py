@@ -6,6 +6,7 @@ Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 from .attend import MemoryAttention, attend, merge
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
+from .mapped import mapped
 from .open_segment import OpenCache, OpenSegment
 from .placed import PlacedMemory
 from .refresh import drop_drifted, refresh
@@ -36,6 +37,7 @@ __all__ = [
     "attend",
     "drop_drifted",
     "make_search",
+    "mapped",
     "merge",
     "refresh",
 ]

@@ -6,16 +6,14 @@ Shapes: B rows, G key/value heads, W cached tokens, N tokens of a segment, D hea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Own = TypeVar("Own", bound="XLCache")
+from .rows import RowStore
 
 
-class XLCache:
+class XLCache(RowStore):
     """The last W pairs of each row, newest at the right; empty places are masked, never attended.
 
     Tensors are replaced and never changed, so ``copy.copy`` is a snapshot.
@@ -69,14 +67,6 @@ class XLCache:
             both = torch.cat([old, new.detach().to(old.dtype)], dim=2)
             setattr(self, name, both.gather(2, index))
         self.length = (self.length + count).clamp(max=self.size)
-
-    def take(self: Own, rows: Tensor) -> Own:
-        """A cache whose row ``i`` holds what row ``rows[i]`` of this one holds."""
-        taken = copy(self)
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, Tensor):
-                setattr(taken, name, tensor[rows.to(tensor.device)])
-        return taken
 
     @torch.no_grad()
     def reset(self, mask: Tensor | None = None) -> None:

@@ -6,7 +6,6 @@ D head width.
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
+from .rows import RowStore
 
 
-class OpenCache:
+class OpenCache(RowStore):
     """What a token of an open segment sees before it in one layer: the XL cache, then the segment.
 
     Reads as an ``XLCache`` does; its pairs lie in one buffer, which ``append`` fills in place.
@@ -77,14 +77,6 @@ class OpenCache:
     def own(self) -> Pairs:
         """The segment's pairs, without the cached ones."""
         return self.keys[:, :, self.cached :], self.values[:, :, self.cached :]
-
-    def take(self, rows: Tensor) -> OpenCache:
-        """One whose row ``i`` holds what row ``rows[i]`` of this one holds."""
-        taken = copy(self)
-        for name in ("_keys", "_values", "_valid"):
-            tensor = getattr(self, name)
-            setattr(taken, name, tensor[rows.to(tensor.device)])
-        return taken
 
 
 class OpenSegment:

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from .rows import RowStore
 from .snapshot import Snapshot
 from .storage import SCALES, converted, quantize, restore
 
-Own = TypeVar("Own", bound="Memory")
+if TYPE_CHECKING:
+    from .search.protocol import Search
 
 
-class Memory:
+class Memory(RowStore):
     """A first-in, first-out store of detached pairs, never a module and never a buffer.
 
     A row's pair number ``i`` (counted from its last reset) lives in slot ``(i - origin) % size``;
@@ -72,6 +73,10 @@ class Memory:
         self.document = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) changes whenever a row does not continue what it held, for an index that is derived
         from the ring; not part of what defines the memory."""
+        self.library: Memory | None = None
+        """One row of pairs that every row reads too; never written."""
+        self.search: Search | None = None
+        """How it is searched; None for the search of whoever reads it."""
         self._most_written = 0
         self._snapshots: WeakSet[Snapshot] = WeakSet()
 
@@ -226,18 +231,15 @@ class Memory:
             self.origin.masked_fill_(mask, 0)
             self.oldest.masked_fill_(mask, 0)
 
-    def take(self: Own, rows: Tensor) -> Own:
-        """A memory of its own whose row ``i`` holds what row ``rows[i]`` of this one holds."""
-        taken = copy(self)
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, Tensor):
-                setattr(taken, name, tensor[rows.to(tensor.device)])
-        return taken
-
     @torch.no_grad()
     def drop(self, count: Tensor) -> None:
         """Never retrieve the ``count`` (B,) oldest pairs of each row again."""
         self.oldest.copy_(self.written - self.fill + torch.minimum(count, self.fill))
+
+    def end_at(self, count: int) -> None:
+        """Take the first ``count`` slots of each row to hold its pairs 0 to ``count`` - 1."""
+        self.written.fill_(count)
+        self._most_written = count
 
     def drop_written_before(self, step: int) -> None:
         """Never retrieve again what was written before a training step."""

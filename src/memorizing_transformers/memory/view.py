@@ -41,7 +41,16 @@ class MemoryView:
 
     def __getattr__(self, name: str) -> Any:
         # The stores themselves; whoever reads them maps rows by ``owners``.
-        if name in ("keys", "values", "key_scales", "value_scales", "device", "max_fill"):
+        if name in (
+            "keys",
+            "values",
+            "key_scales",
+            "value_scales",
+            "device",
+            "max_fill",
+            "library",
+            "search",
+        ):
             return getattr(self.memory, name)
         # What the memory knows of each of its rows, as of these rows.
         if name in ("token_ids", "steps", "positions", "written", "origin", "oldest", "document",

@@ -8,17 +8,37 @@ Shapes: B rows, N segment, H query heads, G key/value heads, D head width, K nei
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..memory import MemoryAttention, Neighbours, Readable, Search, attend
+from ..memory import (
+    Memory,
+    MemoryAttention,
+    MemoryView,
+    Neighbours,
+    Readable,
+    Search,
+    attend,
+    merge,
+)
 from ..memory.gathered import dots, keys_of
 from .bias import MemoryBias
 from .config import MemoryConfig
 from .gates import GATES, Evidence
 from .matching import MatchBias, match_lengths
+
+
+class Shelf(NamedTuple):
+    """What a memory layer retrieved from a library for one segment."""
+
+    slots: Tensor
+    """(B, H, N, K) int64 slots of the library's one row; meaningless where not ``valid``."""
+    valid: Tensor
+    """(B, H, N, K) bool."""
+    weights: Tensor
+    """(B, H, N, K) shares of the softmax over what was found in the memory and in the library."""
 
 
 class Retrieval(NamedTuple):
@@ -43,6 +63,8 @@ class Retrieval(NamedTuple):
     """(B, H, N, K') int64 slots that the search gave; ``slots`` are those that were kept."""
     searched_valid: Tensor
     """(B, H, N, K') bool."""
+    library: Shelf | None = None
+    """What was retrieved from the memory's library in the same softmax."""
 
     def parts(self) -> Tensor:
         """(B, H, N, K) each neighbour's part of its head's output, on the device of the memory."""
@@ -50,7 +72,12 @@ class Retrieval(NamedTuple):
 
     def detach(self) -> Retrieval:
         """The same without a gradient."""
-        return Retrieval(*(tensor.detach() for tensor in self))
+        live: dict[str, Any] = {
+            name: value.detach()
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**live)
 
 
 class MemoryReader(nn.Module):
@@ -135,8 +162,9 @@ class MemoryReader(nn.Module):
         def grouped(x: Tensor) -> Tensor:
             return x.reshape(batch, self.num_kv_heads, -1, x.shape[-1])
 
+        search = memory.search or self.search
         with torch.autocast(queries.device.type, enabled=False):
-            neighbours = self.search(
+            neighbours = search(
                 grouped(queries.detach()), memory, min(self.top_k * self.candidates, memory.size)
             )
         slots, valid = (x.reshape(shape) for x in neighbours)
@@ -172,8 +200,9 @@ class MemoryReader(nn.Module):
         hidden: Tensor,
         memory: Readable,
         input_ids: Tensor | None = None,
+        far: Tensor | None = None,
     ) -> tuple[Tensor, Retrieval]:
-        """Read the memory; changes nothing in it.
+        """Read the memory, and its library if it has one; changes nothing in them.
 
         Args:
             queries: (B, H, N, D), scaled, on the memory's device.
@@ -183,6 +212,7 @@ class MemoryReader(nn.Module):
             memory: of these B rows.
             input_ids: the tokens of the segment up to these N, which are its last; only biases need
                 them.
+            far: what a library is searched for; None for ``queries``.
 
         Returns:
             the heads' outputs (B, H, N, D), on the model's device, and what was retrieved.
@@ -190,7 +220,12 @@ class MemoryReader(nn.Module):
         if self.log_temperature is not None:
             factor = self.log_temperature.float().exp()[:, None, None]
             queries = queries * factor.to(queries.device)
+            far = None if far is None else far * factor.to(far.device)
         found, kept, searched, match = self.retrieve(queries, memory, input_ids)
+        shelf = None
+        if memory.library is not None:
+            asked = queries if far is None else far
+            found, shelf = self._with_library(found, asked, memory.library, input_ids)
         read = found.found
         if self.training and self.dropout:
             spared = torch.rand(read.shape[0], device=read.device) >= self.dropout
@@ -203,6 +238,18 @@ class MemoryReader(nn.Module):
         evidence = Evidence(mass, local_mass, best, match)
         share = self.gate.share(hidden, evidence) * any_read
         heads = local + share[..., None] * (output - local)
-        weights, log_mass = found.weights, found.log_mass
-        retrieval = Retrieval(*kept, weights, share, queries.detach(), log_mass, read, *searched)
+        weights, log_mass = found.weights[..., : kept.slots.shape[-1]], found.log_mass
+        queries = queries.detach()
+        retrieval = Retrieval(*kept, weights, share, queries, log_mass, read, *searched, shelf)
         return heads, retrieval
+
+    def _with_library(
+        self, found: MemoryAttention, queries: Tensor, library: Memory, input_ids: Tensor | None
+    ) -> tuple[MemoryAttention, Shelf]:
+        """One softmax over what was found and the neighbours in a library."""
+        rows = MemoryView(library, [0] * queries.shape[0])
+        other, (slots, valid), _, _ = self.retrieve(queries.to(library.device), rows, input_ids)
+        other = MemoryAttention(*(part.to(found.output.device) for part in other))
+        whole = merge([found, other])
+        weights = whole.weights[..., -slots.shape[-1] :].detach()
+        return whole, Shelf(slots, valid, weights)

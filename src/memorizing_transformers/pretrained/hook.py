@@ -164,6 +164,19 @@ class LayerHook:
             self.segment.seen[self.layer] = seen
         return self.segment.seen.get(self.layer)
 
+    def far(self, queries: Tensor) -> Tensor:
+        """Queries (B, H, N, D) for keys at position 0 that are as far away as the model knows."""
+        if self.rotation is None or not self.distance:
+            return queries
+        # To turn the query forth is to turn every key back.
+        places = torch.full(queries.shape[::2], self._first(), device=queries.device)
+        return self.rotation.to(queries, places)
+
+    def _first(self) -> int:
+        """The largest distance of a key from the segment's first token."""
+        count = self.segment.length or self.hidden.shape[1]  # type: ignore[union-attr]
+        return max(self.window - count, 0)
+
     @torch.no_grad()
     def _seen(self, memory: PlacedMemory, cache: XLCache | None, keeps: bool) -> Memory:
         seen = copy.copy(memory)
@@ -178,10 +191,8 @@ class LayerHook:
         for name in ("written", "origin", "oldest"):
             setattr(seen, name, getattr(memory, name).clone())
         if self.rotation is not None and self.distance and used:
-            count = self.segment.length or self.hidden.shape[1]  # type: ignore[union-attr]
-            first = self.window - count
             places = memory.positions[:, :used] - memory.read[:, None]
-            places = places.clamp(min=-max(first, 0), max=0)
+            places = places.clamp(min=-self._first(), max=0)
             seen.keys[:, :, :used] = self.rotation.to(seen.keys[:, :, :used], places)
         if cache is not None:
             recent = memory.places >= (memory.read - cache.length.to(memory.device))[:, None]
@@ -274,7 +285,8 @@ def attend_with_memory(
     if memory is not None:
         assert reader is not None
         asked = queries.to(memory.device)
-        local, found = reader(asked, local, mass, hook.hidden, memory)
+        far = None if memory.library is None else hook.far(asked)
+        local, found = reader(asked, local, mass, hook.hidden, memory, far=far)
         segment.retrievals[hook.layer] = found
     return local.to(value.dtype).transpose(1, 2).contiguous(), None
 

@@ -1,0 +1,186 @@
+"""A library gives what a memory of the same documents gives, and grows without being made anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build import random_tokens, small_model
+from torch import Tensor
+
+from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.generation import library as rooms
+from memorizing_transformers.generation.library import Library, adding, is_library
+from memorizing_transformers.generation.remembered import join
+from memorizing_transformers.generation.session import Session
+from memorizing_transformers.generation.sources import Sources
+from memorizing_transformers.memory.search.recall import measured_recall
+
+N, SIZE = 8, 512
+DOCUMENTS = [random_tokens(1, length, seed) for seed, length in enumerate((70, 5, 133))]
+PROMPT = random_tokens(1, 2 * N + 3, 9)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "joint": {"combine": "joint"},
+    "evidence": {"combine": "evidence", "xl_cache": N},
+    "int8": {"dtype": "int8"},
+    "normalised": {"qk_norm": False},
+    "temperature": {"temperature": True, "combine": "joint"},
+}
+
+
+def model_of(name: str = "plain", **settings: Any) -> Any:
+    # All pairs are retrieved, so both ways must give the same.
+    return small_model(**{"size": SIZE, "top_k": SIZE, **SETTINGS[name], **settings}).eval()
+
+
+def add(folder: Path, model: Any, documents: list[Tensor], capacity: int = 600) -> Library:
+    for number, ids in enumerate(documents):
+        if is_library(folder):
+            library = Library(folder, model, "bytes")
+        else:
+            library = Library.create(folder, model, "bytes", N, capacity)
+        session = Session(model, 1, library.catalogue.segment_length)
+        assert sum(library.add(session, ids, f"d{number}")) == ids.shape[1]
+    return library
+
+
+def asked(library: Library) -> tuple[Session, Tensor]:
+    """A session that reads a prompt with the library, and its logits."""
+    session = Session(library.model, 1, N)
+    library.attach(session)
+    return session, torch.cat([out.logits for _, out in session.parts(PROMPT)], 1)
+
+
+def joined(model: Any, documents: list[Tensor]) -> Tensor:
+    sessions = []
+    for ids in documents:
+        sessions.append(Session(model, 1, N))
+        sessions[-1].read(ids)
+    whole, _ = join(sessions, [""] * len(sessions))
+    return torch.cat([out.logits for _, out in whole.parts(PROMPT)], 1)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_library_answers_as_the_memory_of_all_documents(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    library = add(tmp_path / "library", model, DOCUMENTS)
+    _, logits = asked(library)
+    torch.testing.assert_close(logits, joined(model, DOCUMENTS), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits, joined(model, DOCUMENTS[:2]), atol=1e-3)
+    # It is the same when it is opened again, and nothing was written to it.
+    again = asked(Library(tmp_path / "library", model, "bytes"))[1]
+    assert torch.equal(again, logits)
+
+
+def test_a_session_that_is_taken_keeps_the_library(tmp_path: Path) -> None:
+    library = add(tmp_path / "library", model_of(), DOCUMENTS)
+    _, logits = asked(library)
+    session = Session(library.model, 1, N)
+    library.attach(session)
+    for taken in (session.take([0]), session.take([0, 0])):
+        rows = taken.bank.batch_size
+        parts = [out.logits for _, out in taken.parts(PROMPT.expand(rows, -1))]
+        torch.testing.assert_close(torch.cat(parts, 1), logits.expand(rows, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["plain", "int8"])
+def test_an_index_grows_and_finds_what_a_scan_finds(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    model = model_of(name, top_k=6)
+    documents = [random_tokens(1, 400, seed) for seed in range(6)]
+    monkeypatch.setattr(rooms, "INDEX_EVERY", 700)
+    library = add(tmp_path / "indexed", model, documents, 3000)
+    # Two documents at once, so three generations, and only the last one is there.
+    assert library.catalogue.indexed == 2400
+    names = {path.name for path in (tmp_path / "indexed").glob("*.faiss")}
+    assert names == {f"1.{head}.2400.faiss" for head in range(2)}
+    library = add(tmp_path / "indexed", model, [random_tokens(1, 50, 77)])
+    assert (library.catalogue.indexed, library.catalogue.count["1"]) == (2400, 2450)
+    session = Session(model, 1, N)
+    library.attach(session)
+    memory = session.bank.memories[1].library
+    assert memory.search.index.count == 2400
+    queries = torch.randn(1, 2, 300, 4, generator=torch.Generator().manual_seed(0))
+    assert measured_recall(memory.search, queries, memory, top_k=6, sample=300) > 0.9
+    # The newest pairs are not in the index and are found all the same.
+    newest = memory.keys_at((slice(None), slice(None), slice(2400, 2450)))
+    for head in range(2):
+        slots = memory.search(50 * newest, memory, 6).slots[0, head]
+        scores = (newest[0, head, :, None] * memory.keys_at((0, head, slots))).sum(-1)
+        own = newest[0, head].square().sum(-1)
+        assert bool((scores.amax(1) >= own - 1e-4).all())
+
+
+def test_sources_name_the_document_and_the_place(tmp_path: Path) -> None:
+    library = add(tmp_path / "library", model_of(top_k=3), DOCUMENTS)
+    session = Session(library.model, 1, N)
+    library.attach(session)
+
+    class Names:
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(map(str, ids))
+
+    observer = session.observer = Sources(library.passages, Names())
+    session.read(PROMPT)
+    texts = [" ".join(map(str, ids[0].tolist())) for ids in DOCUMENTS]
+    found = [source for origin in observer.origins for source in origin.sources]
+    assert {source.document for source in found} >= {"d0", "d2", ""}
+    for source in found:
+        if source.document:
+            number = int(source.document[1:])
+            assert source.text in texts[number]
+            token = DOCUMENTS[number][0, source.position]
+            assert str(int(token)) in source.text.split()
+
+
+def refusal(call: Any) -> str:
+    with pytest.raises(ConfigError) as found:
+        call()
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    folder, model = tmp_path / "library", model_of()
+    library = add(folder, model, DOCUMENTS, 300)
+    other = model_of("joint")
+    assert "another model" in refusal(lambda: Library(folder, other, "bytes"))
+    assert "another tokenizer" in refusal(lambda: Library(folder, model, "words"))
+    assert "--capacity" in refusal(lambda: add(folder, model, [random_tokens(1, 93)]))
+    assert Library(folder, model, "bytes").catalogue == library.catalogue
+    small = Session(model, 1, N, model.new_memory(1, size=N - 1))
+    assert "segment length" in refusal(lambda: [*library.add(small, PROMPT, "x")])
+    assert "other things" in refusal(lambda: Library.create(tmp_path, model, "bytes", N, 300))
+    with adding(folder):
+        # The lock of one process is not its own obstacle, so ask as another would.
+        from filelock import FileLock, Timeout
+
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".library.lock", timeout=0).acquire()
+    with (folder / "1.keys.bin").open("ab") as file:
+        file.write(b"more")
+    assert "another size" in refusal(lambda: asked(Library(folder, model, "bytes")))
+    for text in ("", "{", "[]", json.dumps({"model": 1})):
+        (folder / "library.json").write_text(text)
+        assert "damaged" in refusal(lambda: Library(folder, model, "bytes"))
+
+
+def test_a_document_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
+    folder, model = tmp_path / "library", model_of()
+    library = add(folder, model, DOCUMENTS[:1])
+    _, logits = asked(library)
+    reading = library.add(Session(model, 1, N), random_tokens(1, 200, 5), "lost")
+    for _ in range(9):
+        next(reading)
+    del reading
+    again = Library(folder, model, "bytes")
+    assert torch.equal(asked(again)[1], logits)
+    again = add(folder, model, DOCUMENTS[1:])
+    wanted = joined(model, DOCUMENTS)
+    torch.testing.assert_close(asked(again)[1], wanted, atol=1e-5, rtol=1e-4)
