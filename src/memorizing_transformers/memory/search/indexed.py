@@ -46,7 +46,7 @@ class IndexedSearch:
         candidates: slots that the index is asked for, for each neighbour.
     """
 
-    def __init__(self, index: PairIndex | None, candidates: int = 4) -> None:
+    def __init__(self, index: PairIndex | None, candidates: int = 16) -> None:
         self.index, self.candidates = index, candidates
 
     @torch.no_grad()
