@@ -10,6 +10,7 @@ import pytest
 from browser import Browser, find_browser
 from examples import identity_model, planted, report_on, small_model
 from hostile import HOSTILE
+from test_json_lines import copying_report
 
 from memorizing_studies.inspection.page import render
 from memorizing_studies.inspection.report import Report
@@ -209,3 +210,13 @@ def test_dark_and_light_change_the_page(browser: Browser, page: Path) -> None:
     before = browser.run(background)
     browser.click("#theme")
     assert browser.run(background) != before
+
+
+def test_the_panel_shows_what_was_copied(browser: Browser, tmp_path: Path) -> None:
+    report, first, again = copying_report()
+    path = tmp_path / "index.html"
+    path.write_text(render(report), "utf-8")
+    browser.open(path, f"#token={again + 4}")
+    assert "of the prediction" in browser.text("#panel .copies .head")
+    place = browser.text("#panel .copies .place")
+    assert f"at {first + 4:,} · {again - first - 1:,} tokens back" in place

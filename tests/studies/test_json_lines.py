@@ -57,3 +57,33 @@ def test_planted_names_are_in_the_lines() -> None:
         assert head["positions"][0] == 40
         assert head["tokens"][0].strip() == "alpha"
         assert head["distances"][0] == 1_060
+
+
+def copying_report() -> tuple[Report, int, int]:
+    """A text whose tokens 1,100 to 1,105 are those from 40 on, read by a model that copies."""
+    text, words = planted(1_200, {})
+    pieces = text.split(" ")
+    pieces[1_100:1_106] = pieces[40:46]
+    pieces[46], pieces[1_106] = words[0], words[1]
+    model = identity_model(words, copy=["neighbours", "repeats"])
+    return report_on(" ".join(pieces), model, (1_150,), segment=64), 40, 1_100
+
+
+def test_copies_name_the_place_that_they_are_from() -> None:
+    report, first, again = copying_report()
+    lines = list(objects(report))
+    assert "copied" not in lines[0]
+    trace = report.readings[0]
+    assert trace.copied is not None
+    for line in lines[1:]:
+        copied = line["copied"]["1150"]
+        assert 0 <= copied["weight"] <= 1
+        assert np.isclose(copied["weight"], trace.copied[line["index"]], atol=1e-4)
+    for step in range(3, 6):
+        copied = lines[again + step]["copied"]["1150"]
+        assert copied["position"] == first + step
+        assert copied["token"].strip() == lines[again + step]["text"].strip()
+        assert copied["weight"] > 0
+    # What cannot be copied has no such figures.
+    plain = report_on("plain text " * 30, small_model(), (64,), segment=32)
+    assert all("copied" not in line for line in objects(plain))

@@ -2,7 +2,11 @@
 
 {"index": 812, "id": 301, "text": "parse", "bits": {"off": 9.1, "2048": 0.6},
  "gain": {"2048": 8.5}, "retrieved": {"2048": [{"layer": 2, "head": 0, "share": 0.64,
- "positions": [95], "tokens": ["parse"], "distances": [716], "weights": [0.81]}]}}
+ "positions": [95], "tokens": ["parse"], "distances": [716], "weights": [0.81]}]},
+ "copied": {"2048": {"weight": 0.4, "position": 96, "token": "parse"}}}
+
+``copied`` is there where the model copies; its position and token, where it looks for repetitions
+and there is one, are those that followed the last of the longest.
 """
 
 from __future__ import annotations
@@ -50,6 +54,16 @@ def _retrieved(trace: Trace, pieces: list[str], block: slice) -> list[list[dict[
     return found
 
 
+def _copied(trace: Trace, pieces: list[str], token: int) -> dict[str, Any]:
+    """What was copied to predict a token."""
+    assert trace.copied is not None
+    found: dict[str, Any] = {"weight": round(float(trace.copied[token]), 4)}
+    if trace.repeated is not None and trace.repeated[token]:
+        place = token - int(trace.repeated[token])
+        found |= {"position": place, "token": pieces[place]}
+    return found
+
+
 def objects(report: Report) -> Iterator[dict[str, Any]]:
     """One object a token, in reading order; token 0, which nothing predicts, has no bits."""
     pieces, ids = report.pieces, report.tokens.ids
@@ -60,6 +74,9 @@ def objects(report: Report) -> Iterator[dict[str, Any]]:
         retrieved = {t.name: _retrieved(t, pieces, block) for t in report.readings}
         for offset, piece in enumerate(pieces[block]):
             index = start + offset
+            copies = {
+                t.name: _copied(t, pieces, index) for t in report.readings if t.copied is not None
+            }
             yield {
                 "index": index,
                 "id": int(ids[index]),
@@ -67,6 +84,7 @@ def objects(report: Report) -> Iterator[dict[str, Any]]:
                 "bits": {k: round(float(v[index]), 4) if index else None for k, v in bits.items()},
                 "gain": {k: round(float(v[index]), 4) if index else None for k, v in gains.items()},
                 "retrieved": {name: of_block[offset] for name, of_block in retrieved.items()},
+                **({"copied": copies} if copies and index else {}),
             }
 
 

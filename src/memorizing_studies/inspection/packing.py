@@ -109,6 +109,10 @@ def text_blobs(report: Report) -> dict[str, str]:
     for trace in report.traces:
         steps = np.clip(np.round(trace.bits / BITS_STEP), 0, 2**16 - 1)
         blobs[f"bits-{trace.name}"] = blob(planes(steps, 2))
+        if trace.copied is not None:
+            blobs[f"copied-{trace.name}"] = blob(planes(as_share(trace.copied), 1))
+        if trace.repeated is not None:
+            blobs[f"repeated-{trace.name}"] = blob(planes(trace.repeated, 4))
     return blobs
 
 

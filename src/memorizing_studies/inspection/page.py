@@ -67,6 +67,8 @@ def facts(report: Report) -> dict[str, Any]:
         "names": {str(token): name for token, name in report.names.items()},
         "length": len(report.tokens),
         "readings": report.summary(),
+        "copies": largest.copied is not None,
+        "repeats": largest.repeated is not None,
         "headUse": heads,
         "chance": report.chance(),
         "bitsStep": packing.BITS_STEP,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memorizing_transformers.errors import ConfigError
-from memorizing_transformers.memory import Memory
+from memorizing_transformers.memory import Memory, MemoryBank
 from memorizing_transformers.model import Retrieval, Transformer
 from memorizing_transformers.pretrained.memorized import MemorizedModel
 
@@ -69,6 +70,11 @@ class Trace:
     shares: NDArray[np.float32]
     """(A, H, L) share of the layer's output that came from the memory."""
     use: HeadUse
+    copied: NDArray[np.float32] | None = None
+    """(L,) weight of copied tokens in the prediction; None where the model copies none."""
+    repeated: NDArray[np.int32] | None = None
+    """(L,) tokens back from each token to the one that followed the latest of the longest
+    repetitions of the text before it; 0 where there is none, None where the model does not look."""
 
     @property
     def name(self) -> str:
@@ -102,6 +108,8 @@ def new_trace(model: Transformer | MemorizedModel, size: int, length: int, top: 
     layers = model.config.memory_layers if size else ()
     heads = (len(layers), model.config.num_heads)
     edges = distance_edges(length)
+    head = getattr(model, "copy_head", None) if size else None
+    repeats = head is not None and "repeats" in head.sources
     return Trace(
         size=size,
         layers=layers,
@@ -109,6 +117,8 @@ def new_trace(model: Transformer | MemorizedModel, size: int, length: int, top: 
         positions=np.full((*heads, top, length), NOT_FOUND, dtype=np.int32),
         weights=np.zeros((*heads, top, length), dtype=np.float32),
         shares=np.zeros((*heads, length), dtype=np.float32),
+        copied=None if head is None else np.zeros(length, dtype=np.float32),
+        repeated=np.zeros(length, dtype=np.int32) if repeats else None,
         use=HeadUse(
             edges=edges,
             by_distance=np.zeros((*heads, len(edges) - 1)),
@@ -167,6 +177,30 @@ def record(
     use.before_target[number] += (weights * after).sum((1, 2)).cpu().numpy()
 
 
+def record_copies(
+    trace: Trace, model: Transformer, bank: MemoryBank, inputs: Tensor, copied: Tensor, start: int
+) -> None:
+    """File what was copied in the segment that begins at ``start``, before it is committed.
+
+    Args:
+        trace: the record.
+        model: with a copy head.
+        bank: of one row.
+        inputs: (1, n) the segment.
+        copied: (1, n) weight of copied tokens.
+        start: the segment's first token.
+    """
+    predicted = slice(start + 1, start + 1 + inputs.shape[1])
+    assert trace.copied is not None
+    trace.copied[predicted] = copied[0].float().cpu().numpy()
+    if trace.repeated is not None:
+        head: Any = model.copy_head
+        found = head.sources["repeats"].search(inputs, bank.memories[trace.layers[-1]])
+        lengths, distances = found.longest()
+        # What followed lies as far before the predicted token as the repetition before the query.
+        trace.repeated[predicted] = distances[0].masked_fill(lengths[0] == 0, 0).cpu().numpy()
+
+
 @torch.inference_mode()
 def read_document(
     model: Transformer | MemorizedModel,
@@ -210,6 +244,8 @@ def read_document(
         for number, layer in enumerate(trace.layers):
             memory = bank.memories[layer]
             record(trace, number, output.retrievals[layer], memory, placed[layer], start)
+        if trace.copied is not None:
+            record_copies(trace, model, bank, inputs[None], output.copied, start)  # type: ignore[arg-type]
         bank.commit(output.pairs, token_ids=inputs[None])
         advance(len(inputs))
     return trace

@@ -122,16 +122,14 @@ class Sources:
         memory = session.bank.memories[max(session.bank.memories)]
         ids = session.open.input_ids if session.open.count else input_ids
         found = head.sources["repeats"].search(ids, memory)
-        lengths, distances = (x[0, -count:].cpu() for x in (found.lengths, found.distances))
+        lengths, distances = (x[0, -count:].tolist() for x in found.longest())
         written, first = int(memory.written[0]), ids.shape[1] - count
         sources: list[Source | None] = []
         for token in range(count):
-            longest = int(lengths[token].max())
-            if not longest:
+            if not lengths[token]:
                 sources.append(None)
                 continue
-            back = int(distances[token][lengths[token] == longest].min())
-            following = written + first + token - back + 1
+            following = written + first + token - distances[token] + 1
             if following >= written:
                 place = following - written
                 around = ids[0, max(0, place - AROUND) : place + AROUND + 1]

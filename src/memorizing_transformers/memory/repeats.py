@@ -38,6 +38,14 @@ class Repeats(NamedTuple):
     distances: Tensor
     """(B', N, C) int64 tokens since the occurrence, at least 1."""
 
+    def longest(self) -> tuple[Tensor, Tensor]:
+        """(B', N) the length of the longest, 0 where there is none, and the distance of the latest
+        of that length."""
+        lengths = self.lengths.amax(-1)
+        longest = self.lengths == lengths[..., None]
+        far = torch.iinfo(torch.int64).max
+        return lengths, self.distances.masked_fill(~longest, far).amin(-1)
+
 
 def _hashes(text: Tensor) -> list[Tensor]:
     """For each order the hash (B, T) of the tokens that end at each place of text (B, T)."""

@@ -48,6 +48,8 @@ async function load() {
       distances: joined(await unpack(`distances-${name}`), 4),
       weights: joined(await unpack(`weights-${name}`), 1),
       shares: joined(await unpack(`shares-${name}`), 1),
+      copied: report.facts.copies ? joined(await unpack(`copied-${name}`), 1) : null,
+      repeated: report.facts.repeats ? joined(await unpack(`repeated-${name}`), 4) : null,
     };
   }
 }
@@ -93,6 +95,15 @@ function retrievedFor(token) {
     }
   });
   return found;
+}
+
+/** The weight of copies in the prediction of a token, and the place that a repetition gave; or null. */
+function copiesFor(token) {
+  const { copied, repeated } = report.found[compared.reading];
+  if (!copied) return null;
+  const distance = repeated ? repeated[token] : 0;
+  const weight = copied[token] * report.facts.shareStep;
+  return { weight, place: distance ? { position: token - distance, distance: distance - 1, weight } : null };
 }
 
 /** The places that all heads together retrieved, those that brought most into the output first. */

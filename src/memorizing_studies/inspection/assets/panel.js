@@ -42,6 +42,16 @@ function headSection({ layer, head, share, places }, token) {
   return section;
 }
 
+/** What was copied: the token that followed the latest of the longest repetitions. */
+function copySection({ weight, place }, token) {
+  const section = make("section", "copies");
+  const title = make("div", "head", "copied");
+  title.append(bar(weight), make("em", "", `${percent(weight)} of the prediction`));
+  section.append(title);
+  if (place) section.append(placeButton(place, token, 1));
+  return section;
+}
+
 function emptyReason(token) {
   const { segment, kept, length } = report.facts;
   if (token === 0) return "Nothing predicts the first token.";
@@ -80,6 +90,8 @@ function showToken(token) {
   shown.push(context);
   const heads = retrievedFor(token).filter(({ places }) => places.length);
   heads.sort((a, b) => a.layer - b.layer || b.share - a.share);
+  const copies = token > 0 ? copiesFor(token) : null;
+  if (copies) shown.push(copySection(copies, token));
   for (const one of heads) shown.push(headSection(one, token));
   if (!heads.length) shown.push(make("p", "empty", emptyReason(token)));
   panel.replaceChildren(...shown);
