@@ -1,9 +1,12 @@
-"""What a memory costs a generated token: time with memories of several sizes, beside none.
+"""What a memory costs a generated token, or a segment that is read: several sizes beside none.
 
     python benchmarks/generate.py
     python benchmarks/generate.py --models data/models/smollm2-135m --sizes 65536
+    python benchmarks/generate.py --part segments
 
-The variants take turns, token by token, in one run; reported are medians over tokens.
+The variants take turns in one run; reported are medians over tokens or segments. With segments
+there is one more variant: a forward pass and a commit of the largest memory, as validation does
+them, beside the session that reads a document.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +64,22 @@ def fill(memory: Memory, vocabulary: int, chunk: int = 8192) -> None:
         memory.write(keys, torch.randn(1, groups, count, width), token_ids=ids)
 
 
+@torch.no_grad()
+def plainly(model: Any, bank: Any, tokens: torch.Tensor) -> None:
+    """Read a segment (1, N) without a session."""
+    output = model(tokens, bank)
+    bank.commit(output.pairs, token_ids=tokens)
+
+
 def main() -> None:
     """Read tokens, take turns, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--models", nargs="+", default=["quickstart", "d512"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[65536, 262144])
     parser.add_argument("--segment", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--part", choices=["tokens", "segments"], default="tokens")
+    parser.add_argument("--tokens", type=int, default=200, help="that are generated")
+    parser.add_argument("--turns", type=int, default=5, help="segments that each variant reads")
     parser.add_argument("--search", default="bucketed")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/generate.json"))
     given = parser.parse_args()
@@ -83,18 +96,28 @@ def main() -> None:
             session.read(torch.randint(vocabulary, (1, given.segment)))
             session.read(torch.randint(vocabulary, (1, 4)))  # builds what a segment needs once
             sessions[size] = session
-        seconds: dict[int, list[float]] = {size: [] for size in sessions}
-        for _ in range(min(given.tokens, given.segment - 8)):
-            token = torch.randint(vocabulary, (1, 1))
-            for size, session in sessions.items():
-                begun = time.perf_counter()
-                session.read(token)
-                seconds[size].append(time.perf_counter() - begun)
-        median = {size: 1e3 * statistics.median(times) for size, times in seconds.items()}
+        turns = given.tokens if given.part == "tokens" else given.turns
+        each = 1 if given.part == "tokens" else given.segment
+        rivals: dict[str, Any] = {
+            f"memory {size:,}": session.read for size, session in sessions.items()
+        }
+        if given.part == "segments":
+            for session in sessions.values():
+                session.close()
+            rivals["forward and commit"] = partial(plainly, model, session.bank)
+        seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
+        for _ in range(min(turns, given.segment - 8) if each == 1 else turns):
+            tokens = torch.randint(vocabulary, (1, each))
+            for rival, read in rivals.items():
+                begun = time.process_time()
+                read(tokens)
+                seconds[rival].append(time.process_time() - begun)
+        median = {rival: 1e3 * statistics.median(times) for rival, times in seconds.items()}
         results["models"][name] = median
-        for size, milliseconds in median.items():
-            ratio = milliseconds / median[0]
-            print(f"{name} memory {size:,}: {milliseconds:.2f} ms a token, {ratio:.2f}", flush=True)
+        for rival, milliseconds in median.items():
+            ratio = milliseconds / median["memory 0"]
+            what = given.part.removesuffix("s")
+            print(f"{name} {rival}: {milliseconds:.2f} ms a {what}, {ratio:.2f}", flush=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(results, indent=1))
 

@@ -185,7 +185,11 @@ def main() -> None:
         "--arms", nargs="+", default=["window-1024", "xl", "memory"], help=", ".join(ARMS)
     )
     parser.add_argument(
-        "--saved", nargs="+", default=[], metavar="NAME=FOLDER", help="trained models, other arms"
+        "--saved",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="trained models, other arms; a name that ends in -off is read without the memory",
     )
     parser.add_argument(
         "--share",
@@ -200,7 +204,7 @@ def main() -> None:
     given = parser.parse_args()
     arms = dict(ARMS)
     for name, folder in (pair.split("=", 1) for pair in given.saved):
-        arms[name] = {**ARMS["memory"], "saved": folder}
+        arms[name] = {**ARMS["xl" if name.endswith("-off") else "memory"], "saved": folder}
         given.arms.append(name)
     for name in given.arms:
         if name not in arms:

@@ -60,7 +60,7 @@ def joined(model: Any, documents: list[Tensor]) -> Tensor:
     for ids in documents:
         sessions.append(Session(model, 1, N))
         sessions[-1].read(ids)
-    whole, _ = join(sessions, [""] * len(sessions))
+    whole, _ = join(sessions, [""] * len(sessions), SIZE)
     return torch.cat([out.logits for _, out in whole.parts(PROMPT)], 1)
 
 

@@ -145,8 +145,10 @@ def test_memories_of_documents_are_searched_together(
         reader.read(ids)
         save(reader, tmp_path / name, name, "words")
         single[name], _ = load(tmp_path / name, model, "words")
-    sessions = [load(tmp_path / name, model, "words")[0] for name in documents]
-    joined, found = join(sessions, [*documents])
+    sessions = [load(tmp_path / name, model, "words", to_join=True)[0] for name in documents]
+    for session, ids in zip(sessions, documents.values(), strict=True):
+        assert session.bank.memories[0].size <= ids.shape[1] + N
+    joined, found = join(sessions, [*documents], 60)
     memory = joined.bank.memories[0]
     position = 0
     for passage, (name, ids) in zip(found, documents.items(), strict=True):
@@ -175,6 +177,6 @@ def test_one_memory_alone_is_as_it_was(tmp_path: Path) -> None:
     path = remembered(tmp_path)
     model = small_model(size=30, xl_cache=5).eval()
     expected = answer(load(path, model, "words")[0])
-    session, found = join([load(path, model, "words")[0]], ["a"])
+    session, found = join([load(path, model, "words")[0]], ["a"], 60)
     assert found == passages(load(path, model, "words")[0], "a")
     assert torch.equal(answer(session), expected)

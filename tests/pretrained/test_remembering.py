@@ -61,7 +61,7 @@ def test_places_of_joined_documents_follow_each_other(tmp_path: Path) -> None:
         reader.read(ids)
         save(reader, tmp_path / name, name, "words")
     sessions = [load(tmp_path / name, model, "words")[0] for name in documents]
-    joined, found = join(sessions, [*documents])
+    joined, found = join(sessions, [*documents], 60)
     memory = joined.bank.memories[1]
     assert int(memory.read[0]) == sum(passage.count for passage in found)
     slots = memory.valid()[0].nonzero().flatten()
@@ -137,7 +137,7 @@ def test_a_library_is_as_a_memory_of_text_that_is_far_away(
         list(library.add(Session(model, 1, N), ids, str(number)))
         sessions.append(Session(model, 1, N))
         sessions[-1].read(ids)
-    joined, _ = join(sessions, ["0", "1"])
+    joined, _ = join(sessions, ["0", "1"], 80)
     for memory in joined.bank.memories.values():
         memory.read += 10**6  # tokens between the documents and the prompt
     reader = Session(model, 1, N)

@@ -133,10 +133,10 @@ class Reader:
             paths += inside
         sessions, names = [], []
         for path in tqdm(paths, desc="memories", file=sys.stderr, disable=None):
-            session, name = load(path, self.model, self.fingerprint)
+            session, name = load(path, self.model, self.fingerprint, to_join=len(paths) > 1)
             sessions.append(session)
             names.append(name)
-        return join(sessions, names)
+        return join(sessions, names, self.model.config.memory.size)
 
 
 def open_reader(

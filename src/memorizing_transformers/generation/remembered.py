@@ -138,13 +138,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def load(path: str | Path, model: MemorizingNet, tokenizer: str) -> tuple[Session, str]:
+def load(
+    path: str | Path, model: MemorizingNet, tokenizer: str, to_join: bool = False
+) -> tuple[Session, str]:
     """A session that continues where ``save`` left it, and the name of its document.
 
     Args:
         path: the file.
         model: the network that read the document.
         tokenizer: fingerprint of the tokenizer.
+        to_join: whether its memories need no room but for the open segment.
 
     Raises:
         ConfigError: where the file is damaged, or of another model or tokenizer.
@@ -163,6 +166,10 @@ def load(path: str | Path, model: MemorizingNet, tokenizer: str) -> tuple[Sessio
             )
             raise ConfigError("memory", str(path), remedy)
     size = max([int(slots) for slots in header["slots"].values()], default=0)
+    if to_join:
+        stores = [x for name, x in tensors.items() if name.startswith("memory.")]
+        filled = [x.shape[2] for x in stores if x.ndim == 4]
+        size = min(size, max(filled, default=0) + header["segment_length"])
     bank = model.new_memory(1, size=size)
     input_ids = tensors.pop(OPEN)
     bank.load(tensors)
@@ -182,7 +189,9 @@ def passages(session: Session, name: str) -> list[Passage]:
     return [Passage(name, begin, begin, session.count - begin)]
 
 
-def join(sessions: Sequence[Session], names: Sequence[str]) -> tuple[Session, list[Passage]]:
+def join(
+    sessions: Sequence[Session], names: Sequence[str], room: int
+) -> tuple[Session, list[Passage]]:
     """One session whose memory holds those of all, one after the other.
 
     A token can retrieve pairs of all documents; none was read with another one before it. The XL
@@ -191,6 +200,7 @@ def join(sessions: Sequence[Session], names: Sequence[str]) -> tuple[Session, li
     Args:
         sessions: of one row each, of one model; the tokens of their open segments are written.
         names: of their documents.
+        room: slots for the text that follows.
     """
     first = sessions[0]
     model, length = first.model, max(session.segment_length for session in sessions)
@@ -201,9 +211,7 @@ def join(sessions: Sequence[Session], names: Sequence[str]) -> tuple[Session, li
     own = [passages(session, name)[0] for session, name in zip(sessions, names, strict=True)]
     layers = [*first.bank.memories]
     used = {n: [int(s.bank.memories[n].used[0]) for s in sessions] for n in layers}
-    room = max((m.size for m in first.bank.memories.values()), default=0)
     total = max((sum(counts) for counts in used.values()), default=0)
-    # The text that follows has as much room as one document had.
     bank = model.new_memory(1, size=total + room)
     joined: list[Passage] = []
     start = 0
