@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from memorizing_transformers.data.sources.documents import first_line
@@ -18,7 +17,12 @@ from memorizing_transformers.data.tokens.tokenized_text import (
     tokenize,
 )
 from memorizing_transformers.errors import ConfigError, UserError
-from memorizing_transformers.training.checkpoint.opening import AnyModel, choose_segment, open_model
+from memorizing_transformers.training.checkpoint.opening import (
+    AnyModel,
+    choose_segment,
+    open_model,
+    place,
+)
 
 from .json_lines import write_lines
 from .page import render
@@ -189,13 +193,7 @@ def inspect(
     tokens = tokenize(model.tokenizer, text)
     check_tokens(tokens, document, model.config.vocab_size or 0, segment)
     folder = prepare_folder(out)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # A device may take weights and compute nothing, as meta does.
-        torch.zeros(1, device=where).item()
-        model.to(where)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device = {device!r}: {first_line(error)}; give cpu") from error
+    place(model, device)
     name, step = Path(document).name, manifest.get("step")
     report = examine(model, tokens, segment, sizes, retrieved, name, ckpt_path, step)
     page, lines = write(report, folder)

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..data.sources.documents import first_line
 from ..data.tokens.tokenized_text import read_text, tokenize
 from ..data.tokens.tokenizers import fingerprint_tokenizer
 from ..errors import ConfigError
 from ..generation.library import CAPACITY, Library, adding, is_library
 from ..generation.remembered import Passage, join, load
 from ..generation.session import Session
-from ..training.checkpoint.opening import AnyModel, open_for_use
+from ..training.checkpoint.opening import AnyModel, open_for_use, place
 
 SUFFIX = ".memory"
 
@@ -154,10 +153,5 @@ def open_reader(
         ConfigError: where one of them cannot work.
     """
     opened, segment = open_for_use(model, segment_length, memory_size)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=where).item()
-        opened.to(where)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", device, f"{first_line(error)}; give cpu") from error
+    place(opened, device)
     return Reader(opened, segment)

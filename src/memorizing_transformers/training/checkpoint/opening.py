@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ...data.sources.documents import first_line
 from ...data.tokens.tokenizers import load_tokenizer
 from ...errors import ConfigError
 from ...generation.causal_lm import MemorizingForCausalLM
@@ -62,6 +65,25 @@ def choose_segment(segment_length: int | None, manifest: dict[str, Any], xl_cach
         remedy = "such a folder does not say it; give the training run's data.segment_length"
         raise ConfigError("segment_length", segment_length, remedy)
     return int(segment)
+
+
+def place(model: AnyModel, device: str | None) -> None:
+    """Move a model to where it computes.
+
+    Args:
+        model: moved in place.
+        device: None for a GPU where there is one.
+
+    Raises:
+        ConfigError: where the device cannot compute.
+    """
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # A device may take weights and compute nothing, as meta does.
+        torch.zeros(1, device=where).item()
+        model.to(where)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", device, f"{first_line(error)}; give cpu") from error
 
 
 def open_for_use(
