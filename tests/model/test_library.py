@@ -87,6 +87,16 @@ def test_a_session_that_is_taken_keeps_the_library(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat(parts, 1), logits.expand(rows, -1, -1))
 
 
+def asked_without(library: Library, name: str) -> None:
+    """Attach to a library that lacks a file, and put the file back."""
+    path = library.folder / name
+    path.rename(library.folder / "away")
+    try:
+        library.attach(Session(library.model, 1, N))
+    finally:
+        (library.folder / "away").rename(path)
+
+
 @pytest.mark.parametrize("name", ["plain", "int8"])
 def test_an_index_grows_and_finds_what_a_scan_finds(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +112,7 @@ def test_an_index_grows_and_finds_what_a_scan_finds(
     assert names == {f"1.{head}.2400.faiss" for head in range(2)}
     library = add(tmp_path / "indexed", model, [random_tokens(1, 50, 77)])
     assert (library.catalogue.indexed, library.catalogue.count["1"]) == (2400, 2450)
+    assert "damaged" in refusal(lambda: asked_without(library, "1.0.2400.faiss"))
     session = Session(model, 1, N)
     library.attach(session)
     memory = session.bank.memories[1].library
@@ -156,6 +167,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     assert Library(folder, model, "bytes").catalogue == library.catalogue
     small = Session(model, 1, N, model.new_memory(1, size=N - 1))
     assert "segment length" in refusal(lambda: [*library.add(small, PROMPT, "x")])
+    none = Session(model, 1, N, model.new_memory(1, size=0))
+    assert "at least 1 slot" in refusal(lambda: [*library.add(none, PROMPT, "x")])
     assert "other things" in refusal(lambda: Library.create(tmp_path, model, "bytes", N, 300))
     with adding(folder):
         # The lock of one process is not its own obstacle, so ask as another would.

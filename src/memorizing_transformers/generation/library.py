@@ -128,7 +128,12 @@ class Library:
             from ..memory.search.on_disk import OnDiskIndex
 
             heads = range(memory.keys.shape[1])
-            index = OnDiskIndex([self._part(layer, head, self.catalogue.indexed) for head in heads])
+            files = [self._part(layer, head, self.catalogue.indexed) for head in heads]
+            try:
+                index = OnDiskIndex(files)
+            except RuntimeError as error:  # of faiss
+                remedy = "its index is damaged, or another process has just added to it; try again"
+                raise ConfigError("index", str(self.folder), remedy) from error
         if hasattr(memory, "read"):
             memory.read.fill_(self.catalogue.tokens)
         found = mapped(memory, stores, count, IndexedSearch(index))
@@ -178,6 +183,8 @@ class Library:
                 f"{name} has {length:,}: begin another library with a larger --capacity"
             )
             raise ConfigError("index", str(self.folder), remedy)
+        if not session.bank.memories:
+            raise ConfigError("memory_size", 0, "a library needs a memory; give at least 1 slot")
         for memory in session.bank.memories.values():
             if memory.size < session.segment_length:
                 remedy = f"must be at least the segment length ({session.segment_length})"
