@@ -78,9 +78,14 @@ class HostScan:
             found = min(top_k, used)
             valid[row, ..., :found] = True
             if self.buckets is None and groups * count * used <= min(AT_ONCE, room):
-                scores = queries[row].float() @ memory.keys_at((row, slice(None), held)).mT
-                chosen = largest(scores, found)[1]
-                slots[row, ..., :found] = chosen if isinstance(held, slice) else held[chosen]
+                # A copy of the keys without dropped ones would take longer than all the rest.
+                stop = used if isinstance(held, slice) else int(held.max()) + 1
+                keys = memory.keys_at((row, slice(None), slice(stop)))
+                scores = queries[row].float() @ keys.mT
+                if not isinstance(held, slice):
+                    dropped = torch.ones(stop, dtype=torch.bool).index_fill_(0, held, False)
+                    scores.masked_fill_(dropped, -torch.inf)
+                slots[row, ..., :found] = largest(scores, found)[1]
                 continue
             span = max(1, min(used, room // chunk))
             members = members_for(found)
