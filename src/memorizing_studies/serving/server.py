@@ -213,6 +213,8 @@ def run(served: Served, host: str, port: int, max_upload: int) -> None:
         )
     server = make_server(served, max_upload)
     end_at_signals()
+    # LitServe's queues go with the process; Python would warn of them at the end.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     try:
         server.run(
             host=HOSTS[host],
