@@ -184,6 +184,15 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         assert "damaged" in refusal(lambda: Library(folder, model, "bytes"))
 
 
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = add(tmp_path / "library", model_of(), DOCUMENTS[:1])
+    free = type("Usage", (), {"free": 100})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+    assert "on the disk" in refusal(lambda: add(tmp_path / "library", library.model, [PROMPT]))
+
+
 def test_a_document_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
     folder, model = tmp_path / "library", model_of()
     library = add(folder, model, DOCUMENTS[:1])

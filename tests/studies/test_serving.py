@@ -181,6 +181,13 @@ def test_several_prompts_seeds_and_sources(client: Any, reader: Reader) -> None:
     ]
     assert texts[0] == texts[1]
     assert len({*texts}) == 3
+    # A field that is null was left out.
+    none = {"temperature": None, "top_k": None, "n": None, "sources": None, "conversation": one}
+    texts = [
+        client.completions.create(model="any", prompt="Ana", seed=1, extra_body=body)
+        for body in (none, {"conversation": one})
+    ]
+    assert texts[0].choices[0].text == texts[1].choices[0].text
 
 
 def refused(kind: type[Exception], call: Any, *words: str) -> None:

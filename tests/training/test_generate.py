@@ -183,6 +183,8 @@ def test_an_index_collects_documents(
         ([*add[:3], "--document", document], "--index"),
         ([*add, document, "--capacity", 0], "capacity"),
         ([*ask, "--memory", index, index], "alone"),
+        ([*add, document, "--capacity", 2001], "was begun with 2000"),
+        ([*add, document, "--segment_length", SEGMENT + 1], f"was begun with {SEGMENT}"),
         (
             ["remember", "--model", run.checkpoint, "--index", tmp_path, "--document", document],
             "new folder",

@@ -21,7 +21,7 @@ from litserve import LitAPI
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem
 
-from .requests import ChatRequest, CompletionRequest, GenerationRequest
+from .requests import ChatRequest, CompletionRequest
 
 KINDS: dict[str, dict[str, str]] = {
     "chat": {"id": "chatcmpl", "object": "chat.completion", "chunk": "chat.completion.chunk"},
@@ -111,14 +111,15 @@ class MemorySpec(LitSpec):
         """Continue prompts."""
         return await self.generate("completion", request)
 
-    async def generate(self, kind: str, request: GenerationRequest) -> Any:
+    async def generate(self, kind: str, request: ChatRequest | CompletionRequest) -> Any:
         """An answer of either kind, at once or as a stream of events."""
         facts = {
             "id": f"{KINDS[kind]['id']}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": self.name,
         }
-        pieces = self.ask({"kind": kind, **request.model_dump()})
+        body = {**request.model_dump(), "stop": request.stops, "most": request.most}
+        pieces = self.ask({"kind": kind, **body, "prompts": request.prompts})
         # A refusal must come before the head of a stream, which says that all is well.
         first = await anext(pieces)
         if request.stream:

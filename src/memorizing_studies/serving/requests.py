@@ -7,19 +7,19 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }
 """Fields of OpenAI's that are not offered, by name, with the values that ask for nothing."""
 
@@ -51,6 +51,14 @@ class GenerationRequest(BaseModel):
     """Id of the conversation whose documents are read; None for the server's own memory alone."""
     sources: bool = False
     """Whether the answer tells where each token came from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields: Any) -> Any:
+        """Take a null for a field that was left out, as OpenAI does."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
     @model_validator(mode="after")
     def refuse(self) -> GenerationRequest:
@@ -116,3 +124,8 @@ class ChatRequest(GenerationRequest):
     def most(self) -> int | None:
         """Tokens of an answer, at most; None for the server's limit."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def prompts(self) -> list[str]:
+        """None: messages take their place."""
+        return []

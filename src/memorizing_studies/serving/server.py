@@ -127,25 +127,20 @@ class MemoryAPI(litserve.LitAPI):
     def on_chat(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Answer a chat."""
         ids = prompt_of_chat(self.conversations.tokenizer, request["messages"])
-        most = request["max_completion_tokens"] or request["max_tokens"]
-        yield from self.answers([ids], most, request)
+        yield from self.answers([ids], request)
 
     def on_completion(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Continue prompts."""
-        prompt = request["prompt"]
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        prompts = [self.conversations.reader.ids(text)[0].tolist() for text in texts]
-        yield from self.answers(prompts, request["max_tokens"], request)
+        ids = self.conversations.reader.ids
+        yield from self.answers([ids(text)[0].tolist() for text in request["prompts"]], request)
 
     def answers(
-        self, prompts: list[list[int]], most: int | None, request: dict[str, Any]
+        self, prompts: list[list[int]], request: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
         """The pieces of an answer to each prompt, each with its index, and what ended it."""
         limit = self.served.max_new_tokens
-        stop = request["stop"]
-        options = {**request, "stop": [stop] if isinstance(stop, str) else stop or []}
-        if options["seed"] is None:
-            options["seed"] = secrets.randbits(32)
+        seed = secrets.randbits(32) if request["seed"] is None else request["seed"]
+        options = {**request, "seed": seed}
         conversation = self.conversations.find(request["conversation"])
         for index, ids in enumerate(prompts):
             result = Answer()
@@ -153,7 +148,7 @@ class MemoryAPI(litserve.LitAPI):
                 self.conversations,
                 conversation,
                 ids,
-                min(most or limit, limit),
+                min(request["most"] or limit, limit),
                 options,
                 result,
             )

@@ -75,13 +75,19 @@ class Reader:
         return passage
 
     def add_to(
-        self, folder: Path, document: str, memory_size: int | None, capacity: int | None
+        self,
+        folder: Path,
+        document: str,
+        segment_length: int | None,
+        memory_size: int | None,
+        capacity: int | None,
     ) -> None:
         """Read a document on a progress bar, add it to a library, and say what that holds then.
 
         Args:
             folder: of the library; a new one is made.
             document: a text file.
+            segment_length: None for the library's own, or the model's for a new one.
             memory_size: slots of the memory that reads it; None for the model's own.
             capacity: pairs that a new library has room for; None for the default.
 
@@ -96,6 +102,11 @@ class Reader:
             else:
                 library = Library.create(*facts, self.segment_length, capacity or CAPACITY)
             length = library.catalogue.segment_length
+            given = {"segment_length": segment_length, "capacity": capacity}
+            for key, value in given.items():
+                known = getattr(library.catalogue, key)
+                if value not in (None, known):
+                    raise ConfigError(key, value, f"{folder} was begun with {known}; leave it out")
             bank = self.model.new_memory(1, size=memory_size)
             session = Session(self.model, 1, length, bank)
             with tqdm(
@@ -103,9 +114,9 @@ class Reader:
             ) as bar:
                 for count in library.add(session, ids, name):
                     bar.update(count)
-        known = library.catalogue
+        whole = library.catalogue
         print(f"tokens: {ids.shape[1]:,}")
-        print(f"documents in {folder}: {len(known.documents):,} with {known.tokens:,} tokens")
+        print(f"documents in {folder}: {len(whole.documents):,} with {whole.tokens:,} tokens")
 
     def recall(self, files: Sequence[str]) -> tuple[Session, list[Passage]]:
         """What files of ``remember`` hold, together.

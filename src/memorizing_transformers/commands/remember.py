@@ -45,7 +45,7 @@ def remember(
         raise ConfigError("capacity", capacity, "must be at least 1")
     reader = open_reader(model, segment_length, memory_size, device)
     if index is not None:
-        reader.add_to(Path(index), document, memory_size, capacity)
+        reader.add_to(Path(index), document, segment_length, memory_size, capacity)
         return
     assert out is not None
     session = Session(reader.model, 1, reader.segment_length)

@@ -10,6 +10,7 @@ Shapes: G key/value heads, M slots, D head width.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -147,7 +148,7 @@ class Library:
     def _map(self, layer: int, name: str, like: Tensor, shared: bool = False) -> Tensor:
         """A store as its file; what is written to it reaches the file only where ``shared``."""
         shape = [*like.shape]
-        shape[1 if name in ("token_ids", "steps", "places") else 2] = self.catalogue.capacity
+        shape[_slot_dim(like)] = self.catalogue.capacity
         size = torch.Size(shape).numel()
         path = self.folder / f"{layer}.{name}.bin"
         try:
@@ -189,6 +190,14 @@ class Library:
             if memory.size < session.segment_length:
                 remedy = f"must be at least the segment length ({session.segment_length})"
                 raise ConfigError("memory_size", memory.size, remedy)
+        slots = [(m, m.size) for m in session.bank.memories.values()]
+        needed = length * sum(m.nbytes() // size for m, size in slots)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:  # a mapped file that cannot grow would end the process
+            remedy = (
+                f"{name} needs {needed / 1e9:.2f} GB on the disk, and {free / 1e9:.2f} are free"
+            )
+            raise ConfigError("index", str(self.folder), remedy)
         stores: dict[int, dict[str, Tensor]] = {}
         counts = dict.fromkeys(session.bank.memories, 0)
         for layer, memory in session.bank.memories.items():
@@ -205,7 +214,7 @@ class Library:
                 slots = new.to(memory.device) % memory.size
                 begin = counts[layer] + done[layer]
                 for store, tensor in _stores(memory).items():
-                    dim = tensor.ndim - (2 if store in ("keys", "values") else 1)
+                    dim = _slot_dim(tensor)
                     rows = tensor.index_select(dim, slots)
                     if store == "places":
                         rows = rows + known.tokens
@@ -254,6 +263,11 @@ def _stores(memory: Memory) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in memory.tensors().items() if tensor.ndim > 1}
 
 
+def _slot_dim(tensor: Tensor) -> int:
+    """The dimension of slots: (B, M), (B, G, M) or (B, G, M, D)."""
+    return min(2, tensor.ndim - 1)
+
+
 def _write(folder: Path, catalogue: Catalogue) -> None:
     draft = folder / f".{HEADER}.partial"
     draft.write_text(json.dumps(asdict(catalogue)), "utf-8")
@@ -267,8 +281,9 @@ def adding(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: where another process adds.
     """
+    folder = folder.resolve()
     try:
-        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
     except Timeout as error:
