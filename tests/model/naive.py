@@ -52,21 +52,27 @@ def logits(
     """
     outputs = []
     for ids, document, length in zip(input_ids, documents, lengths, strict=True):
-        hidden = [model.embedding.weight[token] for token in ids[:length]]
+        hidden = embedded = [model.embedding.weight[token] for token in ids[:length]]
         text = document.tokens + ids[:length].tolist()
         found: Found = []
+        first_values: list[Tensor] = []
         for index, layer in enumerate(model.layers):
+            if index and model.config.embedding_shortcut:
+                hidden = [x + layer.shortcut * own for x, own in zip(hidden, embedded, strict=True)]
             past = document.pairs.setdefault(index, [])
             normed = [rms_norm(x, layer.attention_norm.weight) for x in hidden]
             attended, pairs, found_here = attention(
-                layer.attention, model.config, index, normed, past, text
+                layer.attention, model.config, index, normed, past, text, first_values
             )
             found = found_here or found
-            past.extend(pairs)
+            first_values = first_values or [value for _, value in pairs]
+            past.extend((key.detach(), value.detach()) for key, value in pairs)
             hidden = [x + y for x, y in zip(hidden, attended, strict=True)]
             norm, widen, _, narrow = layer.feed_forward
+            power = 2 if model.config.activation == "relu2" else 1
             hidden = [
-                x + narrow.weight @ (widen.weight @ rms_norm(x, norm.weight)).relu() for x in hidden
+                x + narrow.weight @ (widen.weight @ rms_norm(x, norm.weight)).relu() ** power
+                for x in hidden
             ]
         scale = model.config.d_model**-0.5
         last = [rms_norm(x, model.norm.weight) for x in hidden]
@@ -93,11 +99,17 @@ def attention(
     hidden: list[Tensor],
     past: list[tuple[Tensor, Tensor]],
     text: list[int],
+    first_values: list[Tensor],
 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Found]:
     """A layer's attention of one row's tokens, their pairs, each (G, D), and what was retrieved."""
     heads, kv_heads, width = config.num_heads, config.kv_heads, config.head_width
     keys = [(layer.key.weight @ x).view(kv_heads, width) for x in hidden]
     values = [(layer.value.weight @ x).view(kv_heads, width) for x in hidden]
+    if config.value_residual and index:
+        part = layer.value_share
+        values = [
+            (1 - part) * own + part * first for own, first in zip(values, first_values, strict=True)
+        ]
     if config.qk_norm:
         keys = [torch.stack([unit(key) for key in token]) for token in keys]
     new = list(zip(keys, values, strict=True))
@@ -174,8 +186,7 @@ def attention(
             far_mean = far_scores.softmax(0) @ far_values
             merged.append(share * far_mean + (1 - share) * (scores.softmax(0) @ near_values))
         outputs.append(layer.output.weight @ torch.cat(merged))
-    pairs = [(key.detach(), value.detach()) for key, value in new]
-    return outputs, pairs, found if reached else []
+    return outputs, new, found if reached else []
 
 
 def match(text: list[int], then: int, now: int, first: int, longest: int) -> int:

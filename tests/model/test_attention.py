@@ -34,6 +34,8 @@ CASES += [
     {"combine": "evidence", "match_length": 3, "temperature": True, "size": 64},
     {"combine": "content", "match_length": 2, "candidates": 2, "size": 6},
     {"combine": "joint", "match_length": 2, "candidates": 2, "size": 64, "position_bias": "t5"},
+    {"value_residual": True, "xl_cache": 3, "combine": "gate"},
+    {"embedding_shortcut": True, "activation": "relu2", "layers": [0, 1], "combine": "gate"},
     {"combine": "gate", "copy": ["neighbours"], "xl_cache": 3},
     {"combine": "gate", "copy": ["neighbours", "repeats"], "copy_top_k": 2},
     {"combine": "gate", "copy": ["repeats"], "size": 12},

@@ -28,6 +28,7 @@ VARIANTS: list[dict[str, Any]] = [
         "copy": ["neighbours"],
         "layers": [0, 1],
     },
+    {"combine": "gate", "value_residual": True, "embedding_shortcut": True, "xl_cache": 4},
     # A search may keep an index of its own beside the ring, and share it between layers.
     *({"combine": "joint", "search": name, "layers": [0, 1], "size": 12} for name in SEARCHES),
 ]

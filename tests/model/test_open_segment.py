@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "two-layers": {"layers": [0, 1], "size": 20, "xl_cache": 5},
     "no-memory": {"layers": [], "xl_cache": 5},
     "nothing": {"layers": []},
+    "base-options": {"value_residual": True, "embedding_shortcut": True, "activation": "relu2"},
     "temperature": {"temperature": True, "qk_norm": False},
 }
 

@@ -21,6 +21,7 @@ VARIANTS = {
     "several memory layers": {"num_layers": 3, "layers": [0, 1, 2]},
     "several with XL cache": {"num_layers": 3, "layers": [0, 2], "xl_cache": 5, "combine": "joint"},
     "bias": {"num_layers": 3, "layers": [0, 1], "position_bias": "t5"},
+    "base options": {"value_residual": True, "embedding_shortcut": True, "activation": "relu2"},
     "not the last layer": {"num_layers": 3, "layers": [1], "qk_norm": False, "xl_cache": 3},
 }
 

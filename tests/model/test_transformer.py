@@ -70,11 +70,38 @@ def test_the_gate_begins_where_the_config_says() -> None:
     torch.testing.assert_close(gate.sigmoid(), torch.full((4,), 0.1))
 
 
+def test_zeroed_outputs_leave_the_embedding_alone() -> None:
+    model = Transformer(small_config(zero_init_outputs=True))
+    ids = random_tokens(2, 5)
+    hidden = model.norm(model.embedding(ids)) * model.config.d_model**-0.5
+    torch.testing.assert_close(model(ids).logits, hidden @ model.embedding.weight.T)
+    others = Transformer(small_config()).state_dict()
+    for name, weight in model.state_dict().items():
+        last = name.endswith(("attention.output.weight", "feed_forward.3.weight"))
+        assert torch.equal(weight, torch.zeros_like(weight) if last else others[name])
+
+
+@pytest.mark.parametrize("embedding_shortcut", [True, False])
+def test_values_of_layer_0_get_a_gradient_from_later_layers(embedding_shortcut: bool) -> None:
+    model = small_model(
+        value_residual=True, embedding_shortcut=embedding_shortcut, layers=[], num_layers=3
+    )
+    model.layers[0].attention.output.weight.data.zero_()  # then layer 0 itself passes on nothing
+    model(random_tokens(2, 5)).logits.square().sum().backward()
+    assert model.layers[0].attention.value.weight.grad.any()
+    shares = [layer.attention.value_share for layer in model.layers]
+    assert shares[0] is None
+    assert all(share.grad.any() for share in shares[1:])
+    if embedding_shortcut:
+        assert all(layer.shortcut.grad.any() for layer in model.layers[1:])
+
+
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("xl_cache", [0, 4])
 def test_recomputation_changes_neither_loss_nor_gradients(combine: str, xl_cache: int) -> None:
     """Though the segment is committed, as in training, before the backward pass recomputes."""
     settings = {"combine": combine, "xl_cache": xl_cache, "num_layers": 3, "position_bias": "t5"}
+    settings |= {"value_residual": True, "embedding_shortcut": True}
     tokens = random_tokens(2, 21)
     results = []
     for recompute in (False, True):

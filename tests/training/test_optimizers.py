@@ -90,7 +90,7 @@ def test_cosine_without_an_end_is_refused(max_steps: int) -> None:
         make_schedule(make_optimizer(Net(), config), config, max_steps)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_steps_lower_the_loss_and_leave_frozen_parameters_alone(name: Any) -> None:
     net = Net()
     config = OptimizerConfig(name, lr=0.05, schedule="constant", warmup_steps=0)
@@ -109,7 +109,7 @@ def test_steps_lower_the_loss_and_leave_frozen_parameters_alone(name: Any) -> No
     assert {id(p) for p in held} == {id(net.matrix), id(net.vector)}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_weight_decay_shrinks_matrices_alone(name: Any) -> None:
     net = Net()
     optimizer = make_optimizer(net, OptimizerConfig(name, lr=0.1, weight_decay=0.5))

@@ -62,13 +62,16 @@ def test_two_ranks_take_over_what_one_does(
     assert steps[0] == steps[1]
 
 
-def test_adafactor_on_sharded_ranks_is_refused_before_any_work(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_what_cannot_update_shards_is_refused_before_any_work(
+    name: str, texts: Path, tmp_path: Path
+) -> None:
     config = write_saving_config(tmp_path / "config.yaml", texts, tmp_path / "runs", every=4)
     given = ["--config", config, "--trainer.strategy", "sharded"]
-    given += ["--model.optimizer.name", "adafactor", "--data.cache_dir", tmp_path / "cache"]
+    given += ["--model.optimizer.name", name, "--data.cache_dir", tmp_path / "cache"]
     code, _, err = command("fit", *given)
     assert code == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: model.optimizer.name = 'adafactor': ")
+    assert line.startswith(f"error: model.optimizer.name = '{name}': ")
     assert "trainer.strategy=sharded" in line
     assert not (tmp_path / "cache").exists()

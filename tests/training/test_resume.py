@@ -82,6 +82,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "drop_after_n_steps": 2,
         "drop_below_cosine": 0.95,
     },
+    "muon": {"optimizer": {"name": "muon", "memory_lr_factor": 10}},
+    "value residual and shortcut": {"value_residual": True, "embedding_shortcut": True},
     "adafactor": {"optimizer": {"name": "adafactor", "schedule": "rsqrt", "warmup_steps": 3}},
 }
 

@@ -29,9 +29,10 @@ class Attention(nn.Module):
 
     Args:
         config: the model.
+        first: whether it is layer 0, whose values ``value_residual`` mixes into the others'.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, first: bool = False) -> None:
         super().__init__()
         self.compile_dense = config.compile
         self.num_heads = config.num_heads
@@ -46,13 +47,23 @@ class Attention(nn.Module):
         self.scale: nn.Parameter | None = None
         if config.qk_norm:
             self.scale = nn.Parameter(torch.full((self.num_heads,), config.qk_scale_init))
+        self.value_share: nn.Parameter | None = None
+        if config.value_residual and not first:
+            self.value_share = nn.Parameter(torch.full((1,), 0.5))
 
     @compilable
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, D), scaled, and keys and values (B, G, N, D) of hidden states x."""
+    def project(self, x: Tensor, first_values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, D), scaled, and keys and values (B, G, N, D) of hidden states x.
+
+        Args:
+            x: (B, N, d_model).
+            first_values: (B, G, N, D) layer 0's values; only ``value_residual`` reads them.
+        """
         q = self.query(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.key(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.value(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.value_share is not None and first_values is not None:
+            v = torch.lerp(v, first_values, self.value_share.to(v.dtype))
         if self.scale is None:
             return q * self.head_dim**-0.5, k, v
         return normalize(q) * self.scale.abs()[:, None, None], normalize(k), v
@@ -115,15 +126,16 @@ class Attention(nn.Module):
         cache: XLCache | None = None,
         memory: Memory | None = None,
         input_ids: Tensor | None = None,
+        first_values: Tensor | None = None,
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
         """Attend; reads ``cache`` and changes nothing.
 
         Returns:
-            the output (B, N, d_model), the segment's pairs to commit, and no retrieval.
+            the output (B, N, d_model), the segment's pairs with their gradients, and no retrieval.
         """
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, first_values)
         heads, _ = self.local(q, k, v, cache)
-        return self.merge(heads), (k.detach(), v.detach()), None
+        return self.merge(heads), (k, v), None
 
 
 class MemoryLayerAttention(Attention):
@@ -132,10 +144,11 @@ class MemoryLayerAttention(Attention):
     Args:
         config: the model.
         search: how neighbours are found.
+        first: whether it is layer 0.
     """
 
-    def __init__(self, config: ModelConfig, search: Search) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, search: Search, first: bool = False) -> None:
+        super().__init__(config, first)
         self.reader = MemoryReader(
             self.num_heads, self.num_kv_heads, config.d_model, config.memory, search
         )
@@ -146,14 +159,15 @@ class MemoryLayerAttention(Attention):
         cache: XLCache | None = None,
         memory: Memory | None = None,
         input_ids: Tensor | None = None,
+        first_values: Tensor | None = None,
     ) -> tuple[Tensor, Pairs, Retrieval | None]:
         """Attend; reads ``cache`` and ``memory`` and changes nothing."""
         if memory is None:
-            return super().forward(x, cache)
-        q, k, v = self.project(x)
+            return super().forward(x, cache, first_values=first_values)
+        q, k, v = self.project(x, first_values)
         # Towards a memory on the host this copy waits for the projections alone: local attention,
         # enqueued after it, runs on the GPU while the host searches.
         asked = q.to(memory.device)
         local, mass = self.local(q, k, v, cache, with_mass=self.reader.gate.needs_local_mass)
         heads, retrieval = self.reader(asked, local, mass, x, memory, input_ids)
-        return self.merge(heads.to(v.dtype)), (k.detach(), v.detach()), retrieval
+        return self.merge(heads.to(v.dtype)), (k, v), retrieval

@@ -182,6 +182,15 @@ class ModelConfig:
         num_kv_heads: Number of key/value heads G; it must divide num_heads. Default: num_heads.
         head_dim: Width D of a head. Default: d_model / num_heads.
         d_ff: Width of the feed-forward layers. Default: 4 * d_model.
+        activation: Nonlinearity of the feed-forward layers: relu, or relu2 for its square (So et
+            al., 2021, "Primer").
+        value_residual: Mix the values of layer 0 into those of every later layer, v + a (v0 - v),
+            with a learned share a per layer that starts at 0.5 (Zhou et al., 2024, "Value Residual
+            Learning").
+        embedding_shortcut: Add the embedding of the token to the input of every layer but the
+            first, times a learned factor per layer that starts at 0.
+        zero_init_outputs: Start the last linear map of every attention and feed-forward layer at
+            zero, so that a new model predicts from the embedding alone. Run-time setting.
         dropout: Dropout probability of the embedding and of every layer's outputs.
         xl_cache: Length of the Transformer-XL cache of every layer in tokens, usually the segment
             length. 0 = no cache. Run-time setting.
@@ -207,6 +216,10 @@ class ModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     d_ff: int | None = None
+    activation: Literal["relu", "relu2"] = "relu"
+    value_residual: bool = False
+    embedding_shortcut: bool = False
+    zero_init_outputs: bool = field(default=False, metadata=RUNTIME)
     dropout: float = field(default=0.0, metadata=RUNTIME)
     xl_cache: int = field(default=0, metadata=RUNTIME)
     qk_norm: bool = True
@@ -226,6 +239,7 @@ class ModelConfig:
         for key in ("vocab_size", "num_kv_heads", "head_dim", "d_ff"):
             if getattr(self, key) is not None:
                 _at_least(f"model.{key}", getattr(self, key), 1)
+        _choose("model.activation", self.activation, ("relu", "relu2"))
         _at_least("model.xl_cache", self.xl_cache, 0)
         _at_least("model.relative_buckets", self.relative_buckets, 4)
         _at_least("model.relative_max_distance", self.relative_max_distance, self.relative_buckets)

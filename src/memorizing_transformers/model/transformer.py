@@ -5,14 +5,13 @@ Shapes: B rows, N segment, V vocabulary.
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
 from ..memory import (
@@ -26,9 +25,9 @@ from ..memory import (
     make_search,
 )
 from .attention import Attention, MemoryLayerAttention
-from .compiled import compilable
 from .config import ModelConfig
 from .copying import CopyHead
+from .layer import First, Layer
 from .network import MemorizingNet, ModelOutput
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
@@ -38,65 +37,6 @@ def _rename(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
     current = with_current_names(state_dict)
     state_dict.clear()
     state_dict.update(current)
-
-
-class Layer(nn.Module):
-    """Pre-norm attention and feed-forward.
-
-    Args:
-        config: the model.
-        attention: the layer's attention.
-    """
-
-    def __init__(self, config: ModelConfig, attention: Attention) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.attention = attention
-        self.feed_forward = nn.Sequential(
-            nn.RMSNorm(config.d_model, eps=1e-6),
-            nn.Linear(config.d_model, config.ff_width, bias=False),
-            nn.ReLU(),
-            nn.Linear(config.ff_width, config.d_model, bias=False),
-        )
-        self.dropout = nn.Dropout(config.dropout)
-        self.recompute = config.activation_checkpointing
-        self.compile_dense = config.compile
-
-    def forward(
-        self,
-        x: Tensor,
-        cache: XLCache | None,
-        memory: Memory | None,
-        input_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Pairs, Retrieval | None]:
-        """One layer on hidden states x (B, N, d_model)."""
-        recompute = self.recompute and torch.is_grad_enabled()
-        attend = self._attend
-        if recompute and memory is None:
-            # The backward pass recomputes after the commit: a copy still holds what was read.
-            read = copy(cache)
-            attended, pairs, retrieval = checkpoint(attend, x, read, memory, use_reentrant=False)
-        else:
-            # A search takes long and its result is small: keep it instead of searching twice.
-            attended, pairs, retrieval = attend(x, cache, memory, input_ids)
-        x = x + self.dropout(attended)
-        fed = checkpoint(self.feed, x, use_reentrant=False) if recompute else self.feed(x)
-        return x + self.dropout(fed), pairs, retrieval
-
-    @compilable
-    def feed(self, x: Tensor) -> Tensor:
-        """The feed-forward part on hidden states x (B, N, d_model)."""
-        fed: Tensor = self.feed_forward(x)
-        return fed
-
-    def _attend(
-        self,
-        x: Tensor,
-        cache: XLCache | None,
-        memory: Memory | None,
-        input_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Pairs, Retrieval | None]:
-        return self.attention(self.attention_norm(x), cache, memory, input_ids)
 
 
 class Transformer(MemorizingNet):
@@ -121,9 +61,10 @@ class Transformer(MemorizingNet):
         self.layers = nn.ModuleList(
             Layer(
                 config,
-                MemoryLayerAttention(config, search)
+                MemoryLayerAttention(config, search, layer == 0)
                 if layer in config.memory_layers
-                else Attention(config),
+                else Attention(config, layer == 0),
+                layer == 0,
             )
             for layer in range(config.num_layers)
         )
@@ -161,6 +102,9 @@ class Transformer(MemorizingNet):
         for layer in list(self.layers)[: self.config.default_memory_layer]:
             assert isinstance(layer, Layer)
             layer.attention.bias.look_back(self.config.relative_init)
+        for layer in self.layers if self.config.zero_init_outputs else []:
+            assert isinstance(layer, Layer)
+            layer.silence()
 
     def readers(self) -> dict[int, MemoryReader]:
         """By layer, what reads the memory."""
@@ -243,18 +187,13 @@ class Transformer(MemorizingNet):
         if bank.batch_size != input_ids.shape[0]:
             # A bank of one row would broadcast, and every row read its memory.
             raise ValueError(f"a bank of {bank.batch_size} rows got {input_ids.shape[0]} rows")
-        x = self.dropout(self.embedding(input_ids))
         new_ids, before = input_ids, bank.caches.get
         if open_segment is not None:
             before = open_segment.before  # type: ignore[assignment]
             input_ids = torch.cat([open_segment.input_ids.to(new_ids), new_ids], 1)
-        pairs: dict[int, Pairs] = {}
-        retrievals: dict[int, Retrieval] = {}
-        for index, layer in enumerate(self.layers):
-            x, pair, retrieval = layer(x, before(index), bank.memories.get(index), input_ids)
-            pairs[index] = pair
-            if retrieval is not None:
-                retrievals[index] = retrieval
+        embedded = self.dropout(self.embedding(new_ids))
+        count = self.config.num_layers
+        x, _, pairs, retrievals = self._layers(embedded, count, before, bank, input_ids)
         x = self.dropout(self.norm(x))
         logits = F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
         copied = None
@@ -267,6 +206,27 @@ class Transformer(MemorizingNet):
             open_segment.append(new_ids, SegmentPairs(pairs, pairs))
         return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals, copied)
 
+    def _layers(
+        self,
+        embedded: Tensor,
+        count: int,
+        before: Callable[[int], XLCache | None],
+        bank: MemoryBank,
+        input_ids: Tensor,
+    ) -> tuple[Tensor, First | None, dict[int, Pairs], dict[int, Retrieval]]:
+        """The first ``count`` layers: their output, what later ones need, pairs and retrievals."""
+        x, first = embedded, None
+        pairs: dict[int, Pairs] = {}
+        retrievals: dict[int, Retrieval] = {}
+        for index, layer in enumerate(list(self.layers)[:count]):
+            memory = bank.memories.get(index)
+            x, (keys, values), retrieval = layer(x, before(index), memory, input_ids, first)
+            pairs[index] = (keys.detach(), values.detach())
+            if retrieval is not None:
+                retrievals[index] = retrieval
+            first = first or (embedded, values)
+        return x, first, pairs, retrievals
+
     def encode(self, input_ids: Tensor, memory: MemoryBank) -> SegmentPairs:
         """The pairs of a segment up to the last memory layer; no later layer is computed.
 
@@ -276,14 +236,10 @@ class Transformer(MemorizingNet):
         """
         last = max(self.config.memory_layers)
         input_ids = input_ids.to(self.embedding.weight.device)
-        x = self.dropout(self.embedding(input_ids))
-        pairs: dict[int, Pairs] = {}
-        for index, layer in enumerate(list(self.layers)[:last]):
-            x, pairs[index], _ = layer(
-                x, memory.caches.get(index), memory.memories.get(index), input_ids
-            )
+        embedded = self.dropout(self.embedding(input_ids))
+        before = memory.caches.get
+        x, first, pairs, _ = self._layers(embedded, last, before, memory, input_ids)
         layer = self.layers[last]
         assert isinstance(layer, Layer)
-        _, k, v = layer.attention.project(layer.attention_norm(x))
-        pairs[last] = (k.detach(), v.detach())
+        pairs[last] = layer.pairs(x, first)
         return SegmentPairs(pairs, pairs)

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import ConfigError, UserError
+from .muon import MuonWithAdamW, is_layer_matrix
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adafactor": torch.optim.Adafactor,
+    "muon": MuonWithAdamW,
 }
 """By their short names in ``model.optimizer.name``."""
 
@@ -27,14 +29,16 @@ class OptimizerConfig:
     """Optimiser and schedule.
 
     Args:
-        name: Optimiser: adamw, adafactor, or the import path of another one, e.g.
-            torch.optim.NAdam.
+        name: Optimiser: adamw, adafactor, muon, or the import path of another one, e.g.
+            torch.optim.NAdam. muon updates the matrices of the layers, and AdamW all other
+            parameters.
         lr: Learning rate at the end of the warm-up. With schedule=rsqrt the rate at step s is lr /
             sqrt(max(s, warmup_steps)), as in the paper, which uses lr = 1.0.
         memory_lr_factor: Learning rate of the memory's own numbers (gates, temperatures, biases on
             retrieved pairs, weights of the copy head) as a multiple of lr. They do not decay then.
         options: Further arguments of the optimiser, e.g. {eps: 1.0e-6}.
-        betas: The two decay rates of AdamW. Other optimisers take theirs from options.
+        betas: The two decay rates of AdamW, also beside muon. Other optimisers take theirs from
+            options.
         weight_decay: Decoupled weight decay (times lr) of all parameters with two or more
             dimensions: the kernels of linear layers, the embedding, the tables of position biases.
             Norms, gates and scales do not decay.
@@ -69,7 +73,7 @@ class OptimizerConfig:
             raise ConfigError(prefix + "warmup_steps", self.warmup_steps, "must be at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(prefix + "betas", self.betas, "each must lie in [0, 1)")
-        if self.name != "adamw" and tuple(self.betas) != OptimizerConfig.betas:
+        if not self.has_betas and tuple(self.betas) != OptimizerConfig.betas:
             remedy = f"are AdamW's; leave them out, or set {prefix}name=adamw"
             raise ConfigError(prefix + "betas", self.betas, remedy)
         if not 0 <= self.final_lr_share <= 1:
@@ -82,6 +86,11 @@ class OptimizerConfig:
         except (TypeError, ValueError, RuntimeError) as error:
             remedy = f"do not fit {kind.__name__} ({error})"
             raise ConfigError(prefix + "options", self.options, remedy) from error
+
+    @property
+    def has_betas(self) -> bool:
+        """Whether AdamW is, or is part of, the optimiser."""
+        return self.name in ("adamw", "muon")
 
     def kind(self) -> type[Optimizer]:
         """The class of the optimiser.
@@ -111,7 +120,7 @@ class OptimizerConfig:
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimiser over groups of parameters."""
-        betas = {"betas": self.betas} if self.name == "adamw" else {}
+        betas = {"betas": self.betas} if self.has_betas else {}
         make: Callable[..., Optimizer] = self.kind()
         return make(groups, lr=self.lr, **{**betas, **self.options})
 
@@ -134,7 +143,8 @@ def parameter_groups(
 
     Returns:
         for each group ``params``, its pairs of name and parameter, ``weight_decay`` and ``lr``; the
-        memory's own numbers are a third group if their learning rate is another one.
+        memory's own numbers are a third group if their learning rate is another one. With muon the
+        last group has ``matrices``, and holds those of the layers.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": config.weight_decay, "lr": config.lr},
@@ -143,9 +153,18 @@ def parameter_groups(
     if config.memory_lr_factor != 1:
         rate = config.lr * config.memory_lr_factor
         groups.append({"params": [], "weight_decay": 0.0, "lr": rate})
+    with_own_rate, with_muon = len(groups) > 2, config.name == "muon"
+    if with_muon:
+        groups.append({**groups[0], "params": [], "matrices": True})
     for name, parameter in named:
-        own = len(groups) > 2 and is_memory_number(name)
-        groups[2 if own else int(parameter.ndim < 2)]["params"].append((name, parameter))
+        own = is_memory_number(name)
+        if own and with_own_rate:
+            group = groups[2]
+        elif with_muon and not own and is_layer_matrix(name, parameter):
+            group = groups[-1]
+        else:
+            group = groups[int(parameter.ndim < 2)]
+        group["params"].append((name, parameter))
     return groups
 
 

@@ -58,12 +58,12 @@ class ShardedStrategy(ModelParallelStrategy):
         """Refuse, before any work, what fails at the first step.
 
         Raises:
-            ConfigError: torch's Adafactor cannot update sharded parameters.
+            ConfigError: torch's Adafactor and Muon cannot update sharded parameters.
         """
         super().connect(model)
         config = getattr(model, "optimizer_config", None)
         fitting = model.trainer.state.fn == TrainerFn.FITTING
-        if fitting and config is not None and config.name == "adafactor":
+        if fitting and config is not None and config.name in ("adafactor", "muon"):
             remedy = (
                 "does not work with trainer.strategy=sharded; set adamw, or trainer.strategy=ddp"
             )

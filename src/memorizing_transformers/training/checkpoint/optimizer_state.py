@@ -106,7 +106,8 @@ def take_over(
     present = dict(net.named_parameters())
     as_saved = [(name, present[name]) for name in order if name in present]
     # The memory's own numbers were a group of their own, or were not.
-    grouped = replace(config, memory_lr_factor=1.0 if len(numbers) == 2 else 2.0)
+    fewest = 3 if config.name == "muon" else 2
+    grouped = replace(config, memory_lr_factor=1.0 if len(numbers) == fewest else 2.0)
     for with_memory in (True, False):
         names = _trained_names(as_saved, grouped, memory, with_memory)
         if [*map(len, names)] == [*map(len, numbers)]:
