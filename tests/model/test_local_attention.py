@@ -7,7 +7,9 @@ import torch
 from build import random_tokens, small_model
 from torch import Tensor
 
+from memorizing_transformers.model import attention as attention_file
 from memorizing_transformers.model import local_attention as local
+from memorizing_transformers.model.flex import flex_local_attention, flex_works
 from memorizing_transformers.model.local_attention import local_attention
 
 HEADS, WIDTH = 4, 6
@@ -142,6 +144,71 @@ def test_the_fused_kernel_gets_the_same_task(cached: int) -> None:
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert torch.equal(far, attention.bias.table.weight[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("groups", "segment", "cached", "distances"),
+    [(4, 16, 0, 3), (1, 9, 5, 8), (2, 128, 130, 32), (4, 1, 3, 1), (2, 8, 7, 15)],
+)
+@torch.no_grad()
+def test_flex_attention_gets_the_same_task(
+    groups: int, segment: int, cached: int, distances: int, dtype: torch.dtype
+) -> None:
+    """Torch has its backward pass on a GPU alone."""
+    q, k, v, near = case(groups, segment, cached, distances)
+    q, k, v, near = (
+        x.detach().to(y)
+        for x, y in zip((q, k, v, near), (dtype, dtype, dtype, torch.float32), strict=True)
+    )
+    hidden = torch.arange(cached) < torch.tensor([0, 2, cached])[:, None] if cached else None
+    found, mass = flex_local_attention(q, k, v, near, hidden, with_mass=True)
+    wanted, wanted_mass = local_attention(q, k, v, near, hidden, with_mass=True)
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.03}
+    torch.testing.assert_close(found, wanted, **close)
+    torch.testing.assert_close(mass, wanted_mass, **close, check_dtype=False)
+    assert flex_local_attention(q, k, v, near, hidden)[1] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [4, 1])
+def test_on_a_gpu_flex_attention_has_the_same_gradients(groups: int, dtype: torch.dtype) -> None:
+    rows, segment, cached, width = 2, 128, 128, 64
+    shapes = [(rows, HEADS, segment, width), *[(rows, groups, cached + segment, width)] * 2]
+    q, k, v = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in shapes)
+    near = torch.randn(HEADS, 32, device="cuda")
+    inputs = [(x / 4).requires_grad_() for x in (q, k, v, near)]
+    hidden = torch.arange(cached, device="cuda") < torch.tensor([[0], [90]], device="cuda")
+    assert flex_works(q.device, dtype, HEADS, groups, width)
+    results = []
+    for attend in (flex_local_attention, local_attention):
+        output, mass = attend(*inputs, hidden, with_mass=True)
+        gradients = torch.autograd.grad(output.float().square().sum() + mass.sum(), inputs)
+        results.append([output, mass, *gradients])
+    for found, wanted in zip(*results, strict=True):
+        far = (found.float() - wanted.float()).norm() / wanted.float().norm()
+        assert far < (1e-3 if dtype == torch.float32 else 0.03)
+
+
+def test_without_flex_attention_a_large_mask_is_never_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On tensors that say that they are on a GPU, of which torch makes nothing here."""
+    attention = small_model(layers=[]).layers[0].attention
+    asked = []
+    monkeypatch.setattr(attention, "fused", lambda q, *_: asked.append(1) or q)
+    q, k, v, _ = case(2, 8, 0, 1)
+
+    class OnGpu(Tensor):
+        is_cuda = property(lambda _: True)
+
+    for allowed, times in ((0, 0), (2**20, 1)):
+        monkeypatch.setattr(attention_file, "MASK_BYTES", allowed)
+        found, _ = attention.local(q.detach().as_subclass(OnGpu), k.detach(), v.detach(), None)
+        assert found.shape == q.shape
+        assert len(asked) == times
 
 
 def test_long_segments_equal_short_ones_with_a_cache() -> None:

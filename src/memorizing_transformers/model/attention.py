@@ -14,8 +14,13 @@ from ..memory import Memory, Pairs, Search, XLCache
 from .bias import LocalBias
 from .compiled import compilable
 from .config import ModelConfig
+from .flex import flex_local_attention, flex_works
 from .local_attention import local_attention
 from .reader import MemoryReader, Retrieval
+
+MASK_BYTES = 2**26
+"""Largest mask (B, H, N, S) of a layer; a larger one would be kept for the backward pass, so
+attention then goes in blocks. Only where FlexAttention does not work."""
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -87,12 +92,16 @@ class Attention(nn.Module):
             k = torch.cat([cache.keys.to(k.dtype), k], dim=2)
             v = torch.cat([cache.values.to(v.dtype), v], dim=2)
         seen = cache.valid() if cache is not None and cache.size else None
-        if with_mass or not q.is_cuda:
-            near, far = self.bias.near(k.shape[2])
-            hidden = None if seen is None or (not q.is_cuda and bool(seen.all())) else ~seen
-            output, mass = local_attention(q, k, v, near, hidden, with_mass)
-            return output, mass if mass is None else mass + far[:, None]
-        return self.fused(q, k, v, seen), None
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        flexible = q.is_cuda and flex_works(q.device, v.dtype, *heads)
+        mask_bytes = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * v.element_size()
+        if q.is_cuda and not (with_mass or flexible or mask_bytes > MASK_BYTES):
+            return self.fused(q, k, v, seen), None
+        near, far = self.bias.near(k.shape[2])
+        hidden = None if seen is None or (not q.is_cuda and bool(seen.all())) else ~seen
+        attend = flex_local_attention if flexible else local_attention
+        output, mass = attend(q, k, v, near, hidden, with_mass)
+        return output, mass if mass is None else mass + far[:, None]
 
     @compilable
     def fused(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
