@@ -1,0 +1,1 @@
+"""Models with a memory under lm-evaluation-harness."""

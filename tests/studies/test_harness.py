@@ -1,0 +1,175 @@
+"""lm-evaluation-harness with a memory: its figures are those of reading each request alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from served import save_model
+from torch import Tensor
+
+from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.generation.session import Session
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+from memorizing_studies.harness.memorizing_lm import MemorizingLM
+from memorizing_studies.harness.prefixes import sessions_after, shared
+
+TEXT = "the ring of the sea is a field of the sea and the ring is "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("harness") / "model")
+
+
+@pytest.fixture(scope="module")
+def judge(folder: Path) -> MemorizingLM:
+    return MemorizingLM(str(folder), device="cpu")
+
+
+def requests(*pairs: tuple[Any, ...]) -> list[Any]:
+    return [SimpleNamespace(args=pair) for pair in pairs]
+
+
+def alone(judge: MemorizingLM, ids: list[int]) -> Tensor:
+    """Log-probabilities (N, V) of a document that is read by itself, token by token."""
+    session = Session(judge.reader.model, 1, judge.reader.segment_length)
+    rows = [session.read(torch.tensor([[one]]))[0] for one in ids]
+    return torch.stack(rows).log_softmax(-1)
+
+
+def test_endings_are_scored_as_if_each_were_a_document_of_its_own(judge: MemorizingLM) -> None:
+    long = TEXT * 4
+    pairs = [(long, "open"), (long, "a closed field"), (TEXT, "open"), (long + "x", "y z")]
+    pairs += [(long[:-9], long[-9:]), ("", "the sea"), (TEXT, " ")]
+    found = judge.loglikelihood(requests(*pairs), disable_tqdm=True)
+    greedy = set()
+    for (context, ending), (score, is_greedy) in zip(pairs, found, strict=True):
+        if context:
+            first, second = judge._encode_pair(context, ending)
+        else:
+            first, second = [judge.eot_token_id], judge.tok_encode(ending)
+        scores = alone(judge, [*first, *second])[len(first) - 1 : -1]
+        targets = torch.tensor(second)
+        expected = scores.gather(1, targets[:, None]).sum()
+        assert score == pytest.approx(float(expected), abs=2e-3)
+        assert is_greedy == bool((scores.argmax(-1) == targets).all())
+        greedy.add(is_greedy)
+
+
+def test_an_answer_of_the_model_is_greedy_and_another_is_not(judge: MemorizingLM) -> None:
+    context = judge.tok_encode(TEXT * 3)
+    best = int(alone(judge, context)[-1].argmax())
+    asked = [(("", ""), context, [best]), (("", ""), context, [(best + 1) % 100])]
+    (_, first), (_, second) = judge._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert (first, second) == (True, False)
+
+
+def test_shared_beginnings_are_read_once(judge: MemorizingLM) -> None:
+    beginning = [*range(40)]
+    contexts = [[*beginning, 7], [*beginning, 8, 9], beginning, [*beginning, 8, 9, 9], [3]]
+    read = []
+
+    def begin() -> Session:
+        session = Session(judge.reader.model, 1, 16)
+        session.observer = lambda _, part, output: read.append(part.shape[1])
+        return session
+
+    seen = {}
+    for number, session, logits in sessions_after(contexts, begin, torch.device("cpu")):
+        seen[number] = logits
+        assert session.count == len(contexts[number])
+        session.read(torch.tensor([[5, 5, 5]]))  # what one goes on to read, no other one knows
+    assert sum(read) - 3 * len(contexts) <= 40 + 1 + 3 + 1 + 1 + 1
+    for number, logits in seen.items():
+        expected = alone_in(judge, contexts[number])
+        torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def alone_in(judge: MemorizingLM, ids: list[int]) -> Tensor:
+    return Session(judge.reader.model, 1, 16).read(torch.tensor([ids]))[0]
+
+
+def test_common_beginnings_are_counted() -> None:
+    assert [shared(*x) for x in (([], [1]), ([1, 2], [1, 2, 3]), ([1, 3], [1, 2]))] == [0, 2, 1]
+
+
+def test_whole_texts_are_scored_without_a_limit(judge: MemorizingLM) -> None:
+    text = TEXT * 6
+    (found,) = judge.loglikelihood_rolling(requests((text,)), disable_tqdm=True)
+    ids = [judge.eot_token_id, *judge.tok_encode(text)]
+    scores = alone(judge, ids)[:-1]
+    expected = scores.gather(1, torch.tensor(ids[1:])[:, None]).sum()
+    assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_answers_are_the_models_and_end_before_a_stop_text(judge: MemorizingLM) -> None:
+    whole, cut = judge.generate_until(
+        requests((TEXT, {"max_gen_toks": 12}), (TEXT, {"max_gen_toks": 12, "until": ["zzz", ""]})),
+        disable_tqdm=True,
+    )
+    assert whole == cut
+    stop = whole[3:5]
+    (short,) = judge.generate_until(
+        requests((TEXT, {"max_gen_toks": 12, "until": [stop], "do_sample": False})),
+        disable_tqdm=True,
+    )
+    assert short == whole[: whole.find(stop)]
+
+
+def test_the_size_of_the_memory_is_an_argument(folder: Path) -> None:
+    assert MemorizingLM(str(folder), memory=0, device="cpu").reader.model.config.memory.size == 0
+    with pytest.raises(ConfigError, match=r"model_args\.memmory = 3: is not known"):
+        MemorizingLM(str(folder), memmory=3)
+
+
+TASK = """\
+task: fields
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_the_command_line_runs_a_task_of_its_own(folder: Path, tmp_path: Path) -> None:
+    lines = [{"text": TEXT * n, "choices": [" open", " closed"], "answer": n % 2} for n in (1, 2)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "fields.yaml").write_text(TASK.format(data=data))
+    command = [sys.executable, "-m", "memorizing_studies.harness", "--model", "memorizing"]
+    command += [
+        "--model_args",
+        f"pretrained={folder},memory=64",
+        "--device",
+        "cpu",
+        "--tasks",
+        "fields",
+    ]
+    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    assert 0 <= json.loads(file.read_text())["results"]["fields"]["acc,none"] <= 1
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "memorizing_studies.harness", "--model", "memorizing"]
+    command += ["--model_args", f"pretrained={tmp_path}", "--tasks", "lambada_openai"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert str(tmp_path) in line
+    assert "Traceback" not in ended.stderr
