@@ -21,8 +21,8 @@ MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "tokeni
 EVERYTHING = ("*",)
 COMPLETE_FOLDERS = ((MANIFEST, "train.tokens.bin"), (MANIFEST, "trainer.ckpt"))
 """A token store and a checkpoint, by files that only they hold together."""
-TRACES = re.compile(r"[0-9a-f]{16}\.(lock|tmp-.*)|\..*\.partial")
-"""Locks of token stores; stores and other files that are being written."""
+TRACES = re.compile(r"[0-9a-f]{16}\.(files|lock|tmp-.*)|\..*\.partial")
+"""Notes and locks of token stores; stores and other files that are being written."""
 SAVED_CONFIG = b"# lightning.pytorch=="
 
 

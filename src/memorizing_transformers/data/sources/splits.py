@@ -13,7 +13,7 @@ from .documents import Origin, Source
 from .files import find_files
 from .hub_datasets import PREFIX, HubDataset
 from .local import open_files
-from .standard_library import held_out_split, standard_library
+from .standard_library import held_out_split, library_files, standard_library
 
 
 class SplitSource(NamedTuple):
@@ -93,6 +93,29 @@ def check_sources(settings: SourceSettings, split: str) -> None:
     if given[f"{split}_"] is None and share == 0 and not settings.source.startswith(PREFIX):
         remedy = f"leaves nothing for split: {split}; give a share, or data.{split}_source"
         raise ConfigError(f"data.{split}_fraction", share, remedy)
+
+
+def source_files(settings: SourceSettings, cache_dir: Path | None = None) -> list[Path] | None:
+    """All files that may be read for a corpus, without reading one; None where some are not local.
+
+    Args:
+        settings: where the text comes from.
+        cache_dir: the folder of token stores, which are no text.
+
+    Raises:
+        ConfigError: a source is missing.
+    """
+    given = {"data.validation_source": settings.validation_source,
+             "data.test_source": settings.test_source, "data.source": settings.source}  # fmt: skip
+    files: list[Path] = []
+    for key, value in given.items():
+        if value is not None and value.startswith(PREFIX):
+            return None
+        if value == STDLIB:
+            files += library_files()
+        elif value is not None:
+            files += [file.path for file in find_files(Origin(key, value), cache_dir).files]
+    return files
 
 
 def fingerprint_sources(readings: Iterable[SplitSource]) -> str:
