@@ -135,7 +135,7 @@ def split_by_name(
     no document at all gets the one that hashes nearest to it.
 
     Args:
-        names: of all documents.
+        names: of all documents; read on only until each split has one.
         shares: per split to cut off, its share of the documents, between 0 and 1.
         origin: the setting to name in errors.
 
@@ -145,7 +145,13 @@ def split_by_name(
     Raises:
         UserError: there are fewer documents than splits.
     """
-    points = {name: name_point(name) for name in names}
+    points: dict[str, float] = {}
+    empty = {*shares, "train"}
+    for name in names:
+        points[name] = name_point(name)
+        empty.discard(_split_at(points[name], shares))
+        if not empty:
+            break  # so no document has to move
     if len(points) <= len(shares):
         missing = " and ".join(f"data.{split}_source" for split in shares)
         raise UserError(
