@@ -52,6 +52,24 @@ def test_every_split_gets_a_document(count: int) -> None:
         assert splits == [again(name) for name in names]
 
 
+@pytest.mark.parametrize("shares", [{"test": 0.001}, {"validation": 0.02, "test": 0.03}], ids=str)
+def test_names_are_read_only_until_every_split_has_one(shares: dict[str, float]) -> None:
+    """To name the records of a corpus is to read all of it."""
+    origin, names = Origin("data.source", "x"), [f"book {n}" for n in range(20_000)]
+    rest = iter(names)
+    split_of = split_by_name(rest, shares, origin)
+    read = len(names) - len([*rest])
+    assert read < len(names) / 2
+    held_out = {split_of(name) for name in names[:read]}
+    assert held_out == {"train", *shares}
+    assert {split_of(name) for name in names[: read - 1]} != held_out
+    # The same as by all names.
+    assert all(split_of(name) == split_by_name(names, shares, origin)(name) for name in names[:50])
+    assert sum(split_of(name) != "train" for name in names) == pytest.approx(
+        len(names) * sum(shares.values()), rel=0.5
+    )
+
+
 def test_too_few_documents_to_split_are_told(texts: Path) -> None:
     file = texts / "text00.txt"
     with pytest.raises(UserError, match="1 documents, too few to cut off validation and test"):

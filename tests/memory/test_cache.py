@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peak import Peak
 
 from memorizing_transformers.memory import XLCache
+from memorizing_transformers.memory.cache import _copied, _gathered
 
 ROWS, HEADS, WIDTH = 3, 2, 3
 
@@ -35,6 +37,26 @@ def test_holds_the_last_tokens_of_every_row_newest_at_the_right(
                 assert torch.equal(cache.values[row, :, place], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "length"), [(4, 4), (10, 4), (3, 8), (1, 3)])
+def test_what_waits_for_nothing_makes_the_same(size: int, length: int, dtype: torch.dtype) -> None:
+    """As on a GPU, where the host does not know how many tokens are real."""
+    old = torch.randn(5, HEADS, size, WIDTH)
+    new = torch.randn(5, HEADS, length, WIDTH).to(dtype)
+    counts = torch.tensor([length, length, 0, 1, length])
+    assert torch.equal(_gathered(old, new, counts), _copied(old, new, counts.tolist()))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_a_write_takes_room_for_the_new_cache_alone(padded: bool) -> None:
+    cache = XLCache(ROWS, HEADS, 400, WIDTH)
+    pairs = torch.randn(2, ROWS, HEADS, 300, WIDTH)
+    mask = torch.arange(300) < torch.tensor([[300], [100], [300]]) if padded else None
+    with Peak() as peak:
+        cache.write(*pairs, mask)
+    assert peak.most < cache.nbytes() + 200
+
+
 def test_reset_without_a_mask_empties_every_row() -> None:
     cache = XLCache(ROWS, HEADS, 4, WIDTH)
     cache.write(*torch.randn(2, ROWS, HEADS, 4, WIDTH))
@@ -59,6 +81,7 @@ def test_a_copy_keeps_what_it_held() -> None:
     before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
     changes = (
         lambda c: c.write(*torch.randn(2, ROWS, HEADS, 3, WIDTH)),
+        lambda c: c.write(*torch.randn(2, ROWS, HEADS, 3, WIDTH), torch.ones(ROWS, 3).tril() > 0),
         lambda c: c.reset(torch.tensor([True, False, True])),
         lambda c: c.reset(),
         lambda c: c.load(XLCache(ROWS, HEADS, 4, WIDTH).tensors()),

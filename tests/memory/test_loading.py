@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peak import Peak
 from slow_ring import HEADS, WIDTH, SlowRow, assert_same, random_segment, write_to_both
+from two_devices import AWAY, two_devices
 
-from memorizing_transformers.memory import Memory
+from memorizing_transformers.memory import Memory, loading
 
 
 def test_a_checkpoint_from_before_pairs_could_be_dropped_is_read() -> None:
@@ -92,3 +94,44 @@ def test_loaded_into_another_dtype_it_is_rounded() -> None:
     source.write(*random_segment(1, 6)[:2])
     memory.load(source.tensors())
     assert torch.equal(memory.keys[:, :, :6], source.keys[:, :, :6].bfloat16())
+
+
+@pytest.mark.parametrize("most", [1, 3], ids=lambda n: f"{n} slots a block")
+@pytest.mark.parametrize("new", [7, 4, 20])
+def test_in_blocks_of_any_size_it_holds_the_same(
+    monkeypatch: pytest.MonkeyPatch, new: int, most: int
+) -> None:
+    source, slow = Memory(3, HEADS, 7, WIDTH), [SlowRow(7) for _ in range(3)]
+    write_to_both(source, [random_segment(3, 5, padded=True) for _ in range(4)], slow)
+    monkeypatch.setattr(loading, "BLOCK_BYTES", most * 4 * HEADS * WIDTH)
+    memory = Memory(3, HEADS, new, WIDTH)
+    memory.load(source.tensors())
+    for row in slow:
+        row.size, row.pairs = new, row.pairs[-new:]
+    assert_same(memory, slow)
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["cpu", "another device"])
+@pytest.mark.parametrize("old", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("size", [1000, 700, 1500])
+def test_loading_takes_room_for_one_block_beside_the_ring(
+    monkeypatch: pytest.MonkeyPatch, size: int, old: torch.dtype, away: bool
+) -> None:
+    """Not for a second copy of everything, nor for an index of all slots."""
+    source = Memory(4, 2, 1000, 16, old)
+    source.write(*torch.randn(2, 4, 2, 1200, 16))
+    tensors = {name: tensor.clone() for name, tensor in source.tensors().items()}
+    monkeypatch.setattr(loading, "BLOCK_BYTES", 2**12)
+    with Peak() as peak:
+        if away:
+            with two_devices():
+                memory = Memory(4, 2, size, 16, device=AWAY)
+                peak.most = held = peak.live
+                memory.load(tensors)
+        else:
+            memory = Memory(4, 2, size, 16)
+            peak.most = held = peak.live
+            memory.load(tensors)
+    # Keys and values of a block, while one of them is made; and numbers of each row.
+    assert peak.most - held <= 3 * 2**12 + 1024
+    assert held > 20 * 2**12

@@ -5,7 +5,8 @@ Shapes: B rows, G key/value heads, W cached tokens, N tokens of a segment, D hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -57,15 +58,16 @@ class XLCache(RowStore):
             values: (B, G, N, D).
             mask: (B, N) bool, True at real tokens, on any device, or None for all.
         """
-        segment = keys.shape[2]
-        whole = torch.full_like(self.length, segment)
-        count = whole if mask is None else mask.sum(1).to(self.length)
-        window = count[:, None] + torch.arange(self.size, device=self.length.device)
-        index = window[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        count = torch.full_like(self.length, keys.shape[2])
+        counts: list[int] | None = [keys.shape[2]] * keys.shape[0]
+        if mask is not None:
+            count = mask.sum(1).to(self.length)
+            # To ask another device how many tokens its mask holds would wait for it.
+            counts = count.tolist() if mask.device.type == "cpu" else None
         for name, new in (("keys", keys), ("values", values)):
-            old = getattr(self, name)
-            both = torch.cat([old, new.detach().to(old.dtype)], dim=2)
-            setattr(self, name, both.gather(2, index))
+            old, new = getattr(self, name), new.detach()
+            shifted = _gathered(old, new, count) if counts is None else _copied(old, new, counts)
+            setattr(self, name, shifted)
         self.length = (self.length + count).clamp(max=self.size)
 
     @torch.no_grad()
@@ -94,3 +96,29 @@ class XLCache(RowStore):
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def _copied(old: Tensor, new: Tensor, counts: Sequence[int]) -> Tensor:
+    """The last W pairs of each row: (B, G, W, D) of old (B, G, W, D) and new (B, G, N, D).
+
+    Args:
+        old: the cache.
+        new: a segment.
+        counts: by row, tokens of the segment that are real. Neighbouring rows with as many are
+            copied at once.
+    """
+    made, size = torch.empty_like(old), old.shape[2]
+    first = 0
+    for count, alike in groupby(counts):
+        rows = slice(first, first + len([*alike]))
+        first, taken = rows.stop, min(count, size)
+        made[rows, :, : size - taken] = old[rows, :, taken:]
+        made[rows, :, size - taken :] = new[rows, :, count - taken : count]
+    return made
+
+
+def _gathered(old: Tensor, new: Tensor, counts: Tensor) -> Tensor:
+    """What ``_copied`` makes, for counts (B,) that are on the cache's device; waits for nothing."""
+    index = counts[:, None] + torch.arange(old.shape[2], device=old.device)
+    index = index[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+    return torch.cat([old, new.to(old.dtype)], dim=2).gather(2, index)

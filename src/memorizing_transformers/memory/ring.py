@@ -16,9 +16,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from .loading import copy_pairs
 from .rows import RowStore
 from .snapshot import Snapshot
-from .storage import SCALES, converted, quantize, restore
+from .storage import SCALES, quantize, restore
 
 if TYPE_CHECKING:
     from .search.protocol import Search
@@ -283,35 +284,23 @@ class Memory(RowStore):
 
         A smaller memory keeps the newest pairs.
         """
-        everywhere = torch.ones_like(self.token_ids, dtype=torch.bool).nonzero(as_tuple=True)
-        for reading in self._snapshots:
-            reading.keep(*everywhere)
+        if self._snapshots:
+            # Backward passes that may still come read the old stores.
+            for name in (*SCALES, *SCALES.values()):
+                store = getattr(self, name)
+                setattr(self, name, None if store is None else torch.zeros_like(store))
+            self._snapshots = WeakSet()
         self.document += 1
-        given = {name: tensor.to(self.written.device) for name, tensor in tensors.items()}
-        given = converted(given, self.keys.dtype)
-        written, origin = given["written"], given["origin"]
-        old_size = given["keys"].shape[2]
+        written, origin = tensors["written"], tensors["origin"].clone()
+        old_size = tensors["keys"].shape[2]
         # A larger memory must not count what the smaller one had already overwritten.
         lost = written - old_size if self.size > old_size else origin
         self.origin.copy_(torch.maximum(origin, lost))
         # Checkpoints of earlier versions know of no dropped pairs.
-        self.oldest.copy_(given.get("oldest", origin))
+        self.oldest.copy_(tensors.get("oldest", origin))
         self.written.copy_(written)
-        self._most_written = int(given["bound"].max())
-
-        kept = torch.arange(min(old_size, self.size), device=written.device)
-        position = written[:, None] - 1 - kept
-        rows, order = (position >= self.origin[:, None]).nonzero(as_tuple=True)
-        position = position[rows, order]
-        source = (position - origin[rows]) % old_size
-        target = (position - self.origin[rows]) % self.size
-        for name, own in self.tensors().items():
-            if own.ndim > 1 and old_size == self.size:
-                own.copy_(given[name])  # so that one who resumes holds the same bit for bit
-            elif own.ndim > 2:
-                own[rows, :, target] = given[name][rows, :, source].to(own.dtype)
-            elif own.ndim == 2:
-                own[rows, target] = given[name][rows, source]
+        self._most_written = int(tensors["bound"].max())
+        copy_pairs(tensors, self, origin)
 
     def nbytes(self) -> int:
         """Bytes held."""

@@ -52,7 +52,7 @@ def find_files(origin: Origin, cache_dir: Path | None = None) -> Found:
     """
     path = Path(origin.value).expanduser()
     if path.is_file():
-        root, kind, paths = path.parent, "file", iter([path])
+        root, kind, paths = path.parent, "file", iter([str(path)])
     elif path.is_dir():
         root, kind, paths = path, "folder", _matches((glob.escape(str(path)), DEEP, "*"), origin)
     elif glob.has_magic(str(path)):
@@ -75,9 +75,9 @@ def find_files(origin: Origin, cache_dir: Path | None = None) -> Found:
     return Found(files, sorted(owners))
 
 
-def place_of(file: Path) -> Hashable:
+def place_of(file: Path | str) -> Hashable:
     """What is the same for all names of a file."""
-    facts = file.stat()
+    facts = os.stat(file)
     # Some network file systems number no files.
     return (facts.st_dev, facts.st_ino) if facts.st_ino else os.path.realpath(file)
 
@@ -90,37 +90,44 @@ def _nothing(kind: str, outputs: bool) -> str:
     return f"{what} (hidden ones{also} are left out)"
 
 
-def _each_once(root: Path, paths: Iterator[Path], with_hidden: bool) -> list[FoundFile]:
+def _each_once(root: Path, paths: Iterator[str], with_hidden: bool) -> list[FoundFile]:
     """Of each file the name without links, else the first in path order; files in path order."""
-    names: dict[Hashable, set[FoundFile]] = {}
+    names: dict[Hashable, list[tuple[list[str], str]]] = {}
+    # A corpus may have very many files, and strings are several times as fast as paths.
+    start = os.path.join(root, "")
     for path in paths:
-        name = os.path.normpath(path.relative_to(root)).replace(os.sep, "/")
-        name = os.fsencode(name).decode("utf-8", "surrogateescape")  # alike in every locale
+        below = path[len(start) :] if path.startswith(start) else Path(path).relative_to(root)
+        name = os.path.normpath(below).replace(os.sep, "/")
+        if not name.isascii():  # alike in every locale
+            name = os.fsencode(name).decode("utf-8", "surrogateescape")
         if with_hidden or not _hidden(name):
-            names.setdefault(place_of(path), set()).add(FoundFile(path, name))
+            names.setdefault(place_of(path), []).append((name.split("/"), path))
     real_root = os.path.realpath(root)
 
-    def by_link(file: FoundFile) -> bool:
-        return os.path.realpath(file.path) != os.path.join(real_root, file.path.relative_to(root))
+    def by_link(file: tuple[list[str], str]) -> bool:
+        below = Path(file[1]).relative_to(root)
+        return os.path.realpath(file[1]) != os.path.join(real_root, below)
 
     chosen = [
-        min(found, key=lambda file: (len(found) > 1 and by_link(file), file.name.split("/")))
+        min(found, key=lambda file: (by_link(file), file[0])) if len(found) > 1 else found[0]
         for found in names.values()
     ]
-    return sorted(chosen, key=lambda file: file.name.split("/"))
+    return [FoundFile(Path(path), "/".join(parts)) for parts, path in sorted(chosen)]
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") and part != ".." for part in name.split("/"))
+    return (name[0] == "." or "/." in name) and any(
+        part.startswith(".") and part != ".." for part in name.split("/")
+    )
 
 
-def _matches(pattern: Sequence[str], origin: Origin) -> Iterator[Path]:
+def _matches(pattern: Sequence[str], origin: Origin) -> Iterator[str]:
     """The files that match the parts of a glob; a file may come under several names."""
     head = list(takewhile(lambda part: part != DEEP, pattern))
     if len(head) == len(pattern):
         for match in glob.iglob(os.path.join(*head)):
             if os.path.isfile(match):
-                yield Path(match)
+                yield match
         return
     tail = pattern[len(head) + 1 :] or ("*",)
     tops = glob.iglob(os.path.join(*head)) if head else ["."]

@@ -21,8 +21,8 @@ MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "tokeni
 EVERYTHING = ("*",)
 COMPLETE_FOLDERS = ((MANIFEST, "train.tokens.bin"), (MANIFEST, "trainer.ckpt"))
 """A token store and a checkpoint, by files that only they hold together."""
-TRACES = re.compile(r"[0-9a-f]{16}\.(lock|tmp-.*)|\..*\.partial")
-"""Locks of token stores; stores and other files that are being written."""
+TRACES = re.compile(r"[0-9a-f]{16}\.(files|lock|tmp-.*)|\..*\.partial")
+"""Notes and locks of token stores; stores and other files that are being written."""
 SAVED_CONFIG = b"# lightning.pytorch=="
 
 
@@ -60,6 +60,8 @@ class Ours(NamedTuple):
     names: set[str]
     complete: bool
     """Whether that is everything, whatever else comes."""
+    links: set[str] | None
+    """Names of symbolic links, whether ours or not; None where the folder cannot be listed."""
 
 
 class Outputs:
@@ -79,19 +81,28 @@ class Outputs:
     def owner(self, file: Path) -> Path | None:
         """The uppermost folder of ours that holds a file below the root, or the file itself if it
         alone is ours; None if it is a text."""
-        return self._folder_owner(file.parent) or (file if self._is_entry(file) else None)
+        folder = file.parent
+        return self._folder_owner(folder) or (file if self._is_entry(file, folder) else None)
 
     def _folder_owner(self, folder: Path) -> Path | None:
         if folder not in self._folders:
             owner = self._folder_owner(folder.parent)
-            ours = self._is_entry(folder) or self._is_cache(folder) or self._ours(folder).complete
+            ours = (
+                self._is_entry(folder, folder.parent)
+                or self._is_cache(folder)
+                or self._ours(folder).complete
+            )
             self._folders[folder] = owner or (folder if ours else None)
         return self._folders[folder]
 
-    def _is_entry(self, path: Path) -> bool:
-        if path.name in self._ours(path.parent).names:
+    def _is_entry(self, path: Path, folder: Path) -> bool:
+        ours = self._ours(folder)
+        if path.name in ours.names:
             return True
-        return path.is_symlink() and (_in_complete(path) or self._cache in _upwards(path))
+        may_link = ours.links is None or path.name in ours.links
+        if not may_link or not path.is_symlink():
+            return False
+        return _in_complete(path) or self._cache in _upwards(path)
 
     def _ours(self, folder: Path) -> Ours:
         if folder not in self._entries:
@@ -105,21 +116,28 @@ class Outputs:
 
 def ours_in(folder: Path) -> Ours:
     """What is ours in a folder by its rules."""
-    try:
-        names = os.listdir(folder)
-    except OSError:  # a file may be readable in a folder that is not
-        names = []
-    known = set(names)
+    known, links = _listed(folder)
     own_name = os.path.basename(os.path.realpath(folder))
     if fnmatchcase(own_name, RUN) and "config.yaml" in known and _is_saved_config(folder):
-        return Ours(known, complete=True)
-    ours = {name for name in names if TRACES.fullmatch(name)}
+        return Ours(known, complete=True, links=links)
+    ours = {name for name in known if TRACES.fullmatch(name)}
     complete = False
     for rule in RULES:
         if fnmatchcase(own_name, rule.folder) and all(_holds(known, e) for e in rule.evidence):
-            ours.update(name for name in names if any(fnmatchcase(name, o) for o in rule.ours))
+            ours.update(name for name in known if any(fnmatchcase(name, o) for o in rule.ours))
             complete = complete or rule.ours == EVERYTHING
-    return Ours(ours, complete)
+    return Ours(ours, complete, links)
+
+
+def _listed(folder: Path) -> tuple[set[str], set[str] | None]:
+    """The names in a folder, and those of them that are symbolic links."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = [*listing]
+    except OSError:  # a file may be readable in a folder that is not
+        return set(), None
+    links = {entry.name for entry in entries if entry.is_symlink()}
+    return {entry.name for entry in entries}, links
 
 
 def _holds(names: set[str], pattern: str) -> bool:

@@ -13,7 +13,7 @@ from .documents import Origin, Source
 from .files import find_files
 from .hub_datasets import PREFIX, HubDataset
 from .local import open_files
-from .standard_library import held_out_split, standard_library
+from .standard_library import held_out_split, library_files, standard_library
 
 
 class SplitSource(NamedTuple):
@@ -95,6 +95,29 @@ def check_sources(settings: SourceSettings, split: str) -> None:
         raise ConfigError(f"data.{split}_fraction", share, remedy)
 
 
+def source_files(settings: SourceSettings, cache_dir: Path | None = None) -> list[Path] | None:
+    """All files that may be read for a corpus, without reading one; None where some are not local.
+
+    Args:
+        settings: where the text comes from.
+        cache_dir: the folder of token stores, which are no text.
+
+    Raises:
+        ConfigError: a source is missing.
+    """
+    given = {"data.validation_source": settings.validation_source,
+             "data.test_source": settings.test_source, "data.source": settings.source}  # fmt: skip
+    files: list[Path] = []
+    for key, value in given.items():
+        if value is not None and value.startswith(PREFIX):
+            return None
+        if value == STDLIB:
+            files += library_files()
+        elif value is not None:
+            files += [file.path for file in find_files(Origin(key, value), cache_dir).files]
+    return files
+
+
 def fingerprint_sources(readings: Iterable[SplitSource]) -> str:
     """Hash of all documents and of the rules that split them."""
     digest = hashlib.blake2b(digest_size=16)
@@ -112,7 +135,7 @@ def split_by_name(
     no document at all gets the one that hashes nearest to it.
 
     Args:
-        names: of all documents.
+        names: of all documents; read on only until each split has one.
         shares: per split to cut off, its share of the documents, between 0 and 1.
         origin: the setting to name in errors.
 
@@ -122,7 +145,13 @@ def split_by_name(
     Raises:
         UserError: there are fewer documents than splits.
     """
-    points = {name: name_point(name) for name in names}
+    points: dict[str, float] = {}
+    empty = {*shares, "train"}
+    for name in names:
+        points[name] = name_point(name)
+        empty.discard(_split_at(points[name], shares))
+        if not empty:
+            break  # so no document has to move
     if len(points) <= len(shares):
         missing = " and ".join(f"data.{split}_source" for split in shares)
         raise UserError(

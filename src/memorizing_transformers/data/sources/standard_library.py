@@ -54,11 +54,16 @@ def standard_library(origin: Origin, root: Path | None = None) -> TextFiles:
     Raises:
         ConfigError: the folder holds no Python source, as in a frozen interpreter.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
+    root = root or _root()
     source = TextFiles(list(_groups(root)), origin)
     if not source.groups:
         raise origin.error(f"no Python source in {root}; give a file, a folder or hub:owner/name")
     return source
+
+
+def library_files() -> list[Path]:
+    """The files of the running interpreter's standard library, in path order."""
+    return [file for group in _groups(_root()) for file in group.files]
 
 
 def held_out_split(name: str) -> str:
@@ -66,6 +71,10 @@ def held_out_split(name: str) -> str:
     if name in VALIDATION:
         return "validation"
     return "test" if name in TEST else "train"
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def _groups(root: Path) -> Iterator[TextGroup]:

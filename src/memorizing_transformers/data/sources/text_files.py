@@ -118,8 +118,12 @@ class TextFiles(Source):
             return raw.decode("utf-8-sig", errors="replace")
 
 
-def hash_file(file: Path, origin: Origin) -> bytes:
-    """Hash of a file's raw bytes, read in chunks."""
+def hash_file(file: Path | str, origin: Origin) -> bytes:
+    """Hash of a file's raw bytes, read in chunks.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open(file, "rb") as stream:

@@ -27,7 +27,14 @@ from ...errors import ConfigError, UserError
 from ...pace import Pace
 from ..settings import SPLITS, CorpusSettings, TokenizerSettings
 from ..sources.documents import Document, first_line
-from ..sources.splits import SplitSource, fingerprint_sources, open_sources, refuse_leaks
+from ..sources.splits import (
+    SplitSource,
+    fingerprint_sources,
+    open_sources,
+    refuse_leaks,
+    source_files,
+)
+from .known_stores import KnownStore
 from .store import FORMAT, TOKENIZER_FOLDER, SplitWriter, read_manifest, token_dtype, write_manifest
 from .tokenizers import (
     BPE,
@@ -65,10 +72,32 @@ def prepare_store(
     Raises:
         UserError: a source, the tokenizer or the cache folder cannot be used, or a split is empty.
     """
+    files = source_files(settings.sources, cache_dir)
+    tokenizer = _open_tokenizer(settings.tokenizer)
+    kind = _kind(settings.tokenizer, tokenizer)
+    known = None if files is None else KnownStore(cache_dir, [FORMAT, kind, settings], files)
+    folder = known.find() if known is not None else None
+    if folder is not None:
+        log.info("tokens found in %s; no file has changed", folder)
+        return folder
+    folder = _prepared(settings, cache_dir, tokenizer, kind, num_workers)
+    if known is not None:
+        known.note(folder)
+    return folder
+
+
+def _prepared(
+    settings: CorpusSettings,
+    cache_dir: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    kind: str,
+    num_workers: int | None,
+) -> Path:
+    """The folder of the store, written unless a store of the same content is there."""
     readings = open_sources(settings.sources, cache_dir)
     refuse_leaks(readings)
-    tokenizer = _open_tokenizer(settings.tokenizer)
-    folder = cache_dir / _fingerprint(settings, readings, tokenizer)
+    facts: list[Any] = [FORMAT, kind, settings.shortest, fingerprint_sources(readings)]
+    folder = cache_dir / hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     if read_manifest(folder) is not None:
         log.info("tokens found in %s", folder)
         return folder
@@ -224,18 +253,11 @@ def _refuse_empty(counts: dict[str, dict[str, int]], settings: CorpusSettings) -
             )
 
 
-def _fingerprint(
-    settings: CorpusSettings,
-    readings: Sequence[SplitSource],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> str:
+def _kind(settings: TokenizerSettings, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """What decides the ids that the tokenizer gives."""
     if tokenizer is None:
-        bpe = settings.tokenizer
-        kind = f"bpe {bpe.bpe_vocab_size} {bpe.bpe_train_bytes}"
-    else:
-        kind = fingerprint_tokenizer(tokenizer)
-    facts: list[Any] = [FORMAT, kind, settings.shortest, fingerprint_sources(readings)]
-    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+        return f"bpe {settings.bpe_vocab_size} {settings.bpe_train_bytes}"
+    return fingerprint_tokenizer(tokenizer)
 
 
 def _lock_of(folder: Path) -> Path:

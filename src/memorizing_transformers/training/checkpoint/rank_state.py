@@ -170,4 +170,5 @@ def load_rows(folder: Path, parts: range, first_row: int, num_rows: int) -> dict
                 if name.startswith(ROWS):
                     rows = part.get_slice(name)[low - begin : high - begin]
                     pieces.setdefault(name.removeprefix(ROWS), []).append(rows)
-    return {name: torch.cat(rows) for name, rows in pieces.items()}
+    # To join one piece would copy it.
+    return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in pieces.items()}
