@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import ConfigError, UserError
+from .adafactor import Adafactor
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": torch.optim.AdamW,
-    "adafactor": torch.optim.Adafactor,
+    "adafactor": Adafactor,
 }
 """By their short names in ``model.optimizer.name``."""
 
