@@ -20,7 +20,8 @@ from two_devices import AWAY, COPIES, Away, aten
 import memorizing_transformers
 
 OURS = str(Path(memorizing_transformers.__file__).parents[1])
-HERE = str(Path(__file__).parent)
+BENEATH = ("torch/_", "torch/utils/")
+"""Files of torch's that every operation passes through."""
 ASKING = {
     aten._local_scalar_dense.default: "item",
     aten.is_nonzero.default: "bool",
@@ -42,7 +43,7 @@ class Wait(NamedTuple):
     step: int
     what: str
     where: str
-    """File and line, the innermost one of ours or else of a library that is not torch."""
+    """File and line."""
 
 
 class Waits(TorchDispatchMode):
@@ -83,13 +84,15 @@ class Waits(TorchDispatchMode):
 
 
 def _place(frame: FrameType | None) -> str:
-    """Where an operation was asked for."""
+    """The line that asks; of a library's also the line of ours that called it."""
     library = ""
     while frame is not None:
         name, line = frame.f_code.co_filename, frame.f_lineno
         if name.startswith(OURS):
-            return f"{Path(name).relative_to(OURS)}:{line}"
-        if not library and "/torch/" not in name and not name.startswith((HERE, "<")):
-            library = f"{name.rpartition('/site-packages/')[2]}:{line}"
+            own = f"{Path(name).relative_to(OURS)}:{line}"
+            return f"{library}, from {own}" if library else own
+        part = name.rpartition("/site-packages/")[2]
+        if not library and part != name and not part.startswith(BENEATH):
+            library = f"{part}:{line}"
         frame = frame.f_back
     return library

@@ -11,7 +11,7 @@ from torch import Tensor
 from two_devices import AWAY, two_devices
 from waits import Waits
 
-from memorizing_transformers.memory import Memory
+from memorizing_transformers.memory import Memory, RepeatSearch
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.kernels.score_blocks import runs, score_blocks
 from memorizing_transformers.memory.search.kernels.torch_buckets import torch_buckets
@@ -123,3 +123,30 @@ def test_rows_are_scored_together_if_little_is_wasted() -> None:
     assert [*runs([0, 8, 2, 0, 0, 5])] == [(slice(1, 2), 8), (slice(2, 3), 2), (slice(5, 6), 5)]
     assert [*runs([])] == [*runs([0, 0])] == []
     assert [*runs([1, 9, 1], waste=99.0)] == [(slice(0, 3), 9)]
+
+
+def test_repeats_are_found_elsewhere_without_a_wait() -> None:
+    """Also after resets, padding, several writes between two searches, and a rewound memory."""
+    here, search, other = Memory(ROWS, HEADS, 12, WIDTH), RepeatSearch(), RepeatSearch()
+    with two_devices("cuda"):
+        away = Memory(ROWS, HEADS, 12, WIDTH, device=AWAY)
+        for step in range(9):
+            forget = torch.rand(ROWS) < 0.2
+            keys, values, mask, ids = random_segment(ROWS, 5, padded=step % 3 == 0)
+            ids = ids % 2
+            moved = [x.to(AWAY) for x in (forget, keys, values, mask, ids)]
+            with Waits() as waits:
+                away.reset(moved[0], forget)
+                found = other(moved[4], away) if step % 4 else None
+                away.write(*moved[1:])
+            assert step == 1 or waits.seen == []  # the first call makes its tables
+            here.reset(forget)
+            expected = search(ids, here) if step % 4 else None
+            here.write(keys, values, mask, ids)
+            for one, two in zip(found or (), expected or (), strict=True):
+                assert torch.equal(one.to("cpu"), two)
+            if step == 5:
+                start = here.written - 3
+                with here.rewound(start.clamp(min=0)), away.rewound(start.clamp(min=0).to(AWAY)):
+                    here.write(keys, values, mask, ids)
+                    away.write(*moved[1:])
