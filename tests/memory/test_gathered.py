@@ -249,6 +249,7 @@ def test_copies_are_kept_only_while_a_backward_pass_can_come(dtype: torch.dtype)
     slots = torch.zeros(2, GROUPS, 5, 4, dtype=torch.int64)
     found = Neighbours(slots, slots == 0)
     queries = torch.randn(2, GROUPS, 5, WIDTH, requires_grad=True)
+    bounds = memory.bound.nbytes  # new ones take the place of the old
 
     def left_behind() -> int:
         pairs = torch.randn(2, 2, GROUPS, 7, WIDTH)
@@ -257,13 +258,13 @@ def test_copies_are_kept_only_while_a_backward_pass_can_come(dtype: torch.dtype)
             gc.collect()
         return measured.live
 
-    assert left_behind() == 0
+    assert left_behind() <= bounds
     output = attend(queries, memory, found)
     copies = 2 * 7 * GROUPS * WIDTH * 2 * memory.keys.element_size()
     assert copies <= left_behind() < 3 * copies + 4096
     del output
-    assert left_behind() == 0
+    assert left_behind() <= bounds
     with torch.no_grad():
         kept = attend(queries, memory, found)
     assert kept.found.all()
-    assert left_behind() == 0
+    assert left_behind() <= bounds

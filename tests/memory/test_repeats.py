@@ -110,6 +110,26 @@ def test_a_memory_that_was_loaded_is_read_again() -> None:
     assert {token for token, *_ in listed(search(ids, memory), 0, 1)} == {1, 3}
 
 
+def test_a_memory_that_is_written_over_is_read_again() -> None:
+    """While it is rewound and afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    memory, search = Memory(1, 1, 32, 2), RepeatSearch(per_order=16)
+    write(memory, torch.randint(0, 3, (1, 30), generator=generator))
+    ids = torch.randint(0, 3, (1, 4), generator=generator)
+
+    def assert_right() -> None:
+        fresh = RepeatSearch(per_order=16)(ids, memory)
+        assert [x.shape for x in fresh] == [x.shape for x in search(ids, memory)]
+        for token in range(4):
+            assert listed(search(ids, memory), 0, token) == listed(fresh, 0, token)
+
+    assert_right()
+    with memory.rewound(torch.tensor([20])):
+        write(memory, torch.randint(0, 3, (1, 2), generator=generator))
+        assert_right()
+    assert_right()
+
+
 def test_rows_of_a_view_read_their_owners() -> None:
     generator = torch.Generator().manual_seed(0)
     memory, search = Memory(2, 1, 32, 2), RepeatSearch()

@@ -104,7 +104,9 @@ def read(throughput: Throughput, strategy: Strategy, tokens: list[int], every: i
     """Let this rank read batches of so many tokens; the logged speeds."""
     speeds: list[float] = []
     trainer: Any = SimpleNamespace(world_size=2, log_every_n_steps=every, strategy=strategy)
-    module: Any = SimpleNamespace(log=lambda name, value, prog_bar: speeds.append(value))
+    module: Any = SimpleNamespace(
+        log=lambda name, value, prog_bar: speeds.append(float(value)), on_host=lambda batch: batch
+    )
     for index, count in enumerate(tokens):
         strategy.batches += 1
         batch: Any = SimpleNamespace(mask=torch.ones(count))

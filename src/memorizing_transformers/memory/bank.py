@@ -102,10 +102,17 @@ class MemoryBank:
             if isinstance(memory, MemoryView):
                 self.memories[layer] = memory.base.take(memory.owners)
 
-    def reset(self, mask: Tensor | None = None) -> None:
-        """Forget the rows where ``mask`` (B,) bool is True, or all rows: they are as new."""
-        for store in self._stores():
-            store.reset(mask)
+    def reset(self, mask: Tensor | None = None, on_host: Tensor | None = None) -> None:
+        """Forget the rows where ``mask`` is True, or all rows: they are as new.
+
+        Args:
+            mask: (B,) bool.
+            on_host: the same on the CPU, where the caller has it; see ``Memory.reset``.
+        """
+        for memory in self._own().values():
+            memory.reset(mask, on_host)
+        for cache in self.caches.values():
+            cache.reset(mask)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the bank, by name; the first dimension is the row."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .ring import Memory
+from .writing import writes
 
 
 class PlacedMemory(Memory):
@@ -53,20 +54,15 @@ class PlacedMemory(Memory):
         mask = mask.to(self.device)
         order = mask.cumsum(1) - 1
         stored = mask & (order >= self.skip_first)
-        number = order - self.skip_first
-        count = stored.sum(1)
-        rows, tokens = (stored & (number >= count[:, None] - self.size)).nonzero(as_tuple=True)
-        pair = self.written[rows] + number[rows, tokens]
-        slots = (pair - self.origin[rows]) % self.size
+        plan = writes(stored, self.written, self.origin, self.size)
         super().write(keys, values, stored, token_ids, step)
-        places = self.read[rows] + order[rows, tokens]
-        self.places[rows, slots] = places.to(self.places.dtype)
+        plan.put(self.places, plan.of(self.read[:, None] + order))
         self.read += mask.sum(1)
 
     @torch.no_grad()
-    def reset(self, mask: Tensor | None = None) -> None:
-        """Empty the rows where ``mask`` (B,) is True, or all rows."""
-        super().reset(mask)
+    def reset(self, mask: Tensor | None = None, on_host: Tensor | None = None) -> None:
+        """Empty the rows where ``mask`` (B,) is True, or all rows; see ``Memory.reset``."""
+        super().reset(mask, on_host)
         if mask is None:
             self.read.zero_()
         else:

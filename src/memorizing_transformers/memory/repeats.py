@@ -73,19 +73,25 @@ class _Chains:
         """(B, O, 2^TABLE_BITS) by hash the number of the newest token, -1 for none."""
         self.before = torch.full((rows, orders, memory.size), -1, device=device)
         """(B, O, M) by slot the number of the token before it in its chain."""
+        self.orders = torch.tensor(ORDERS, device=device)
+        """(O,)."""
         self.end = torch.zeros(rows, dtype=torch.int64, device=device)
         """(B,) how many tokens were indexed."""
         self.document = memory.document.clone()
+        self.offered = memory.offered - memory.size
 
     def catch_up(self, memory: Memory) -> None:
         """Index what was written since the last call."""
         changed = self.document != memory.document
-        if changed.any():
-            self.latest[changed] = -1
+        # Asking costs a wait on a GPU, filling a pass over the tables on a CPU.
+        if changed.device.type != "cpu" or changed.any():
+            self.latest.masked_fill_(changed[:, None, None], -1)
             self.document.copy_(memory.document)
         first = memory.written - memory.used
         self.end.copy_(torch.where(changed, first, torch.maximum(self.end, first)))
-        count = int((memory.written - self.end).max())
+        # At least as many as the row with most has; a reset row has what was offered since.
+        count = min(memory.offered - self.offered, memory.max_fill)
+        self.offered = memory.offered
         if not count:
             return
         numbers = self.end[:, None] + torch.arange(-LEAD, count, device=self.end.device)
@@ -95,8 +101,8 @@ class _Chains:
         there = numbers < memory.written[:, None]
         before = self.link(hashes, numbers, there)
         slots = ((numbers - memory.origin[:, None]) % memory.size)[:, None].expand_as(before)
-        row, order, place = there[:, None].expand_as(before).nonzero(as_tuple=True)
-        self.before[row, order, slots[row, order, place]] = before[row, order, place]
+        now = self.before.gather(2, slots)
+        self.before.scatter_(2, slots, torch.where(there[:, None], before, now))
         newest = numbers[:, None].masked_fill(~there[:, None], -1).expand_as(hashes)
         self.latest.scatter_reduce_(2, hashes, newest, "amax")
         self.end.copy_(memory.written)
@@ -164,12 +170,12 @@ class RepeatSearch:
         first = written - memory.fill
         known = text[:, -LEAD - segment :]
         numbers = self._candidates(chains, owners, known, here, first, origin)
-        order = torch.tensor(ORDERS, device=device)[:, None].expand(-1, self.per_order).flatten()
+        order = chains.orders.repeat_interleave(self.per_order)
         places = numbers - start[:, None, None]
         lengths = self._lengths(places, (first - start)[:, None, None], text, segment)
         # What also ends a longer suffix is in that one's chain.
-        above = torch.tensor([self.longest + 1, *ORDERS[:-1]], device=device)
-        above = above[:, None].expand(-1, self.per_order).flatten()
+        above = torch.cat([torch.full_like(order[:1], self.longest + 1), chains.orders[:-1]])
+        above = above.repeat_interleave(self.per_order)
         lengths = lengths.masked_fill((lengths < order) | (lengths >= above), 0)
         following = text.gather(1, (places + 1).clamp(min=0).flatten(1)).view(places.shape)
         return Repeats(following, lengths, here[..., None] - numbers)

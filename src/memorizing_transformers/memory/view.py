@@ -47,7 +47,6 @@ class MemoryView:
             "key_scales",
             "value_scales",
             "device",
-            "max_fill",
             "library",
             "search",
         ):
@@ -57,6 +56,17 @@ class MemoryView:
                     "used", "fill"):  # fmt: skip
             return getattr(self.memory, name)[self.owners]
         raise AttributeError(f"a view of a memory has no {name!r}")
+
+    @property
+    def bounds(self) -> list[int]:
+        """By reading row an upper bound of ``used``, known without waiting for the device."""
+        bounds = self.memory.bounds
+        return [bounds[row] for row in self.rows]
+
+    @property
+    def max_fill(self) -> int:
+        """The largest of them."""
+        return max(self.bounds, default=0)
 
     @property
     def base(self) -> Memory:

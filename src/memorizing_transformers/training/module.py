@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -27,6 +27,7 @@ from .checkpoint.folder import FOLDER_KEY
 from .checkpoint.optimizer_state import take_over
 from .checkpoint.resume import check_resumable, check_weights, describe_model, restore_rank
 from .checkpoint.weights import weights_for
+from .host_side import HostSide
 from .metrics import language_model_metrics
 from .optimizers import OptimizerConfig, make_optimizer, make_schedule
 from .sharded import gathered_gradients, shard
@@ -35,7 +36,7 @@ Look = Callable[[Batch, MemoryBank, ModelOutput], None]
 """Called between read and commit of a training step."""
 
 
-class MemorizingLM(LightningModule):
+class MemorizingLM(HostSide):
     """Trains and tests a network with one memory bank per stage.
 
     The network is a ``Transformer``; a subclass that overrides ``build_net`` trains another
@@ -173,6 +174,7 @@ class MemorizingLM(LightningModule):
 
     def on_train_start(self) -> None:
         """When resuming, restore the memory of this rank's rows and its random states."""
+        super().on_train_start()
         self._take_weights()
         if self._resume is None:
             return
@@ -213,7 +215,7 @@ class MemorizingLM(LightningModule):
                 f"{stage}: a batch of {rows} rows follows one of {bank.batch_size}, but each row "
                 "keeps its memory; the loader must always give the same number of rows"
             )
-        bank.reset(batch.reset)
+        bank.reset(batch.reset, self.on_host(batch).reset)
         return bank
 
     def read(self, stage: str, batch: Batch) -> tuple[ModelOutput, Tensor]:
@@ -237,18 +239,14 @@ class MemorizingLM(LightningModule):
         metrics.update(nll.detach(), correct, batch.mask, batch.num_bytes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Read one segment of every row; the loss.
+        """Read one segment of every row; the loss, which ``watch_loss`` looks at.
 
         The loss is the sum over counted tokens, divided by the number of all tokens with padding: a
         token has the same weight in every step, on every rank and with gradient accumulation.
-
-        Raises:
-            UserError: if the loss is not finite.
         """
         output, nll = self.read("train", batch)
         loss = nll.sum() / batch.targets.numel()
-        if not torch.isfinite(loss):
-            raise self.optimizer_config.diverged(float(loss), self.global_step)
+        self.watch_loss(loss)
         for look in self.observers:
             look(batch, self.banks["train"], output)
         self.commit("train", batch, output)
@@ -257,14 +255,13 @@ class MemorizingLM(LightningModule):
 
     def log_training(self, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
         """Log one step's metrics over all ranks, every ``trainer.log_every_n_steps`` steps."""
-        trainer: Any = self.trainer
-        if (self.global_step + 1) % max(1, trainer.log_every_n_steps):
+        if not self.logs_now():
             return
         self.train_metrics.reset()
         self.measure(self.train_metrics, batch, output, nll)
-        for name, value in self.train_metrics.compute().items():
-            self.log(name, value, prog_bar=name in ("train/loss", "train/perplexity"))
-        self.log("trainer/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
+        self.log_figures(self.train_metrics, ("train/loss", "train/perplexity"))
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("trainer/learning_rate", torch.tensor(rate))
 
     def _evaluate(self, stage: str, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
         output, nll = self.read(stage, batch)
@@ -300,6 +297,7 @@ class MemorizingLM(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights mean, so that the file alone is enough to use them."""
+        super().on_save_checkpoint(checkpoint)
         settings = (self.config, self.optimizer_config)
         describe_model(checkpoint, self.net, *settings, self.tokenizer)
 

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import ConfigError, UserError
+from .adafactor import Adafactor
 from .muon import MuonWithAdamW, is_layer_matrix
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": torch.optim.AdamW,
-    "adafactor": torch.optim.Adafactor,
+    "adafactor": Adafactor,
     "muon": MuonWithAdamW,
 }
 """By their short names in ``model.optimizer.name``."""
@@ -111,10 +112,11 @@ class OptimizerConfig:
             raise ConfigError("model.optimizer.name", self.name, remedy)
         return found
 
-    def diverged(self, loss: float, step: int) -> UserError:
-        """The error of a loss that is not finite."""
+    def diverged(self, loss: float | None, step: int) -> UserError:
+        """The error of a loss that is not finite; None where weights are not."""
+        what = "weights are not finite" if loss is None else f"train/loss = {loss}"
         return UserError(
-            f"train/loss = {loss} at step {step}: try a lower model.optimizer.lr (now {self.lr}), "
+            f"{what} at step {step}: try a lower model.optimizer.lr (now {self.lr}), "
             "a longer warm-up, or trainer.gradient_clip_val=1; the last checkpoint is not affected"
         )
 

@@ -40,7 +40,7 @@ class BucketedSearch:
     """Neighbours with an expected recall of ``recall_target``, exact where the memory is small.
 
     ``policy.choose_kernel`` chooses how, by the device, its instructions, the slots in use and the
-    number of queries. Whenever the choice changes, the log says what was chosen and why.
+    number of queries. When it first chooses a kernel, the log says which one and why.
 
     Args:
         recall_target: expected share of the true neighbours, in (0, 1).
@@ -53,6 +53,7 @@ class BucketedSearch:
         self.score_bytes = score_bytes
         self.kernel: KernelChoice | None = None
         """The last choice."""
+        self._announced: set[str] = set()
         self._broken: set[str] = set()
         """Kernels that failed on this machine."""
 
@@ -62,7 +63,8 @@ class BucketedSearch:
         choice = choose_kernel(queries, memory, top_k, buckets, self.recall_target)
         if choice.name in self._broken:
             choice = KernelChoice("torch", top_k, f"{choice.name} failed")
-        if self.kernel is None or choice.name != self.kernel.name:
+        if choice.name not in self._announced:
+            self._announced.add(choice.name)
             logger.info("bucketed search: %s kernel (%s)", choice.name, choice.reason)
         self.kernel = choice
         on_host = queries.device.type == "cpu"

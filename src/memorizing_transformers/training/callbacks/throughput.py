@@ -56,14 +56,14 @@ class Throughput(Callback):
     def on_train_batch_end(
         self,
         trainer: Any,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Batch,
         batch_idx: int,
     ) -> None:
         """Stop the clock; measure again every ``trainer.log_every_n_steps`` batches."""
         self.seconds += time.perf_counter() - self._began
-        counted = int(batch.mask.sum())
+        counted = int(pl_module.on_host(batch).mask.sum())
         self._own += counted
         self.tokens += counted * trainer.world_size
         self._batches += 1
@@ -74,7 +74,9 @@ class Throughput(Callback):
             self._window = (self.tokens, self.seconds)
         if self._speed is not None:
             # Log at every batch: the loggers count batches themselves, over the end of an epoch.
-            pl_module.log("throughput/tokens_per_second", self._speed, prog_bar=True)
+            # A number would be copied to the GPU and back, and each copy would wait.
+            speed = torch.tensor(self._speed)
+            pl_module.log("throughput/tokens_per_second", speed, prog_bar=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the rest."""

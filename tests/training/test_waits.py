@@ -1,0 +1,97 @@
+"""No training step makes the host wait for its GPU, but where figures are logged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from pretended import make
+from small import SEGMENT, logs, make_data, make_module
+from two_devices import AWAY, two_devices
+from waits import Wait, Waits
+
+from memorizing_transformers.training.module import MemorizingLM
+
+OFTEN = 8
+STEPS = 2 * OFTEN - 1
+CLEAN = {*range(STEPS)} - {0, 1, OFTEN - 1, OFTEN, OFTEN + 1}
+"""Steps at which nothing is logged, observed (every 8 steps from 0 on) or timed (one later)."""
+
+
+class Counted(MemorizingLM):
+    """Notes which step a wait belongs to, from the copy of its batch on."""
+
+    waits: Waits
+    resets = 0
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.waits.step = self.global_step
+        self.resets += int(batch.reset.sum()) if self.global_step in CLEAN else 0
+        return batch
+
+
+def waits_of(root: Path, texts: Path, steps: int = STEPS, **settings: Any) -> list[Wait]:
+    """All waits of a run in its training steps."""
+    trainer: dict[str, Any] = settings.pop("trainer", {})
+    with two_devices("cuda"):
+        module: Any = make_module(Counted, **settings)
+        module.waits = Waits()
+
+        class Enter(Callback):
+            def on_train_start(self, *_: Any) -> None:
+                module.waits.__enter__()
+
+            def on_train_end(self, *_: Any) -> None:
+                module.waits.__exit__(None, None, None)
+
+        run = make(
+            root,
+            AWAY,
+            max_steps=steps,
+            callbacks=[Enter(), *logs(OFTEN, OFTEN)],
+            limit_val_batches=0,
+            log_every_n_steps=OFTEN,
+            enable_checkpointing=False,
+            **trainer,
+        )
+        run.fit(module, datamodule=make_data(texts, cut_tokens=70))
+    assert module.resets > 0
+    return module.waits.seen
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "adamw": {"xl_cache": SEGMENT},
+    "adafactor": {"optimizer": {"name": "adafactor"}},
+    "muon-like": {"optimizer": {"name": "torch.optim.NAdam"}},
+    "two layers, int8, bucketed": {
+        "layers": [0, 1],
+        "dtype": "int8",
+        "search": "bucketed",
+        "recall_target": 0.9,
+        "combine": "content",
+        "position_bias": "t5",
+    },
+    "best recipe": {
+        "copy": ["neighbours", "repeats"],
+        "combine": "evidence",
+        "temperature": True,
+        "match_length": 8,
+        "candidates": 2,
+        "dropout": 0.1,
+        "position_bias": "log",
+    },
+    "pairs dropped by age": {"drop_after_n_steps": 2},
+    "accumulated, clipped": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}},
+    "recomputed, joint": {"activation_checkpointing": True, "combine": "joint", "xl_cache": 32},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_unless_it_logs(case: str, texts: Path, tmp_path: Path) -> None:
+    found = waits_of(tmp_path, texts, **CASES[case])
+    clean = [wait for wait in found if wait.step in CLEAN]
+    assert clean == [], Counter((wait.what, wait.where) for wait in clean)
+    assert any(wait.step == OFTEN - 1 for wait in found)  # it sees those of a step that logs
