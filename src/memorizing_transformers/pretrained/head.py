@@ -79,9 +79,9 @@ class OutputHead:
         for targets in (logits.argmax(-1), logits.argmin(-1)):
             expected = MemorizingNet.loss(logits, targets, "none")
             found = self._forecast(base, ids, targets, use_cache=False).nll
-            # Of their own logits, weights in half precision keep two to three digits.
-            digits = 1e-3 if logits.dtype == torch.float32 else 0.03
-            agree &= bool((found - expected).abs().max() <= digits * logits.abs().max())
+            # Logits in half precision have two to three digits; a GPU may multiply in TF32.
+            rounding = 0.005 if logits.dtype == torch.float32 else 0.03
+            agree &= bool((found - expected).abs().max() <= rounding * logits.abs().max())
         for module, mode in was.items():
             module.training = mode
         return agree
