@@ -91,9 +91,7 @@ class CopyHead(nn.Module):
         mixed: Tensor = _MixIn.apply(logits, found.tokens, log_odds, total)
         return mixed, _weight(odds * once)
 
-    def score(
-        self, own: Forecast, targets: Tensor, found: Found
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def score(self, own: Forecast, targets: Tensor, found: Found) -> tuple[Tensor, Tensor, Tensor]:
         """Of the mixture the losses (B, N), the likeliest tokens (B, N) and the copies' weight.
 
         Args:

@@ -2,8 +2,9 @@
 
 Of every token the logits are needed only for a few numbers: the log-probability of its target, of
 some candidates, and the likeliest token. The backward pass computes the logits again, unless all
-fit into one chunk. ``torch.nn.functional.linear_cross_entropy`` does the same for the target
-alone: it knows no candidates, no hits and no soft cap, and rounds a loss to bf16 if the weights are.
+fit into one chunk. ``torch.nn.functional.linear_cross_entropy`` does this for targets alone: it has
+no candidates, no hits and no soft cap, gives the loss in the dtype of the weights, and on a CPU
+took two to three times as long.
 
 Shapes: T tokens, C candidates, V vocabulary, d width of the hidden states.
 """
@@ -77,6 +78,20 @@ def chunk_tokens(tokens: int, vocab_size: int) -> int:
     return -(-tokens // max(1, count))
 
 
+def loss_bytes(tokens: int, vocab_size: int, width: int, itemsize: int = 4) -> int:
+    """Most bytes that ``forecast`` and its backward pass need at once, without gradients.
+
+    Args:
+        tokens: T.
+        vocab_size: V.
+        width: d.
+        itemsize: bytes of a number of the product.
+    """
+    logits = chunk_tokens(tokens, vocab_size) * vocab_size
+    # Logits and their softmax; in half precision a gradient and the weights are copied too.
+    return 2 * logits * 4 + (itemsize < 4) * (logits + vocab_size * width) * itemsize
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in at least fp32; a GPU that can does not round it to their dtype before."""
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -109,6 +124,8 @@ class _Forecast(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         size = chunk_tokens(len(targets), len(weight))
         cast, known = weight.to(hidden.dtype), targets.clamp(min=0)[:, None]
+        # The derivative of a soft cap needs logits, which are not kept.
+        kept, keeps = None, size == len(targets) and cap is None
         columns: list[list[Tensor]] = [[], [], [], []]
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
@@ -119,13 +136,14 @@ class _Forecast(torch.autograd.Function):
                 found.append(log_p.gather(-1, candidates[part]))
             for column, one in zip(columns, found, strict=False):
                 column.append(one)
-        # The derivative of a soft cap needs logits, which are not kept.
-        kept = log_p if size == len(targets) and cap is None else None
+            kept = log_p if keeps else None
+            del log_p  # else the next chunk's would be a third
         ctx.save_for_backward(hidden, weight, bias, targets, kept)
         ctx.size, ctx.cap = size, cap
-        nll, *others = (torch.cat(column) if column else None for column in columns)
-        ctx.mark_non_differentiable(*(x for x in others if x is not None))
-        return nll.masked_fill_(targets == IGNORE_INDEX, 0.0), *others
+        nll, *others = (torch.cat(column) for column in columns if column)
+        ctx.mark_non_differentiable(*others)
+        nll = nll.masked_fill_(targets == IGNORE_INDEX, 0.0)
+        return (nll, *others) if candidates is not None else (nll, *others, None)
 
     @staticmethod
     @once_differentiable
@@ -139,24 +157,22 @@ class _Forecast(torch.autograd.Function):
         for_bias = torch.zeros_like(bias, dtype=scale.dtype) if to_bias else None
         for start in range(0, len(targets), ctx.size):
             part = slice(start, start + ctx.size)
-            if kept is None:
-                logits = _logits(hidden[part], cast, bias, ctx.cap)
-                grad = logits.softmax(-1)
-            else:
-                grad = kept.exp()
+            logits = _logits(hidden[part], cast, bias, ctx.cap) if kept is None else kept
+            grad = logits.softmax(-1) if kept is None else kept.exp()
             grad.mul_(scale[part]).scatter_add_(-1, known[part], -scale[part])
             if ctx.cap is not None:
                 grad.mul_(logits.div_(ctx.cap).square_().neg_().add_(1))
-            logits = None
+            del logits
             narrow = grad.to(hidden.dtype)
             if for_hidden is not None:
                 torch.mm(narrow, cast, out=for_hidden[part])
             if for_weight is not None and narrow.dtype == for_weight.dtype:
-                for_weight.addmm_(narrow.t(), hidden[part])
+                torch.addmm(for_weight, narrow.t(), hidden[part], out=for_weight)
             elif for_weight is not None:
                 for_weight += _product(narrow.t(), hidden[part])
             if for_bias is not None:
                 for_bias += grad.sum(0)
+            del grad, narrow
         for_weight = None if for_weight is None else for_weight.to(weight.dtype)
         for_bias = None if for_bias is None else for_bias.to(bias.dtype)
         return for_hidden, for_weight, for_bias, None, None, None

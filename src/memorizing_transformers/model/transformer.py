@@ -235,8 +235,8 @@ class Transformer(MemorizingNet):
         nll, best = own.nll, own.best
         if self.copy_head is not None and found is not None:
             nll, best, copied = self.copy_head.score(own, targets, found)
-        scores = {"nll": nll, "hits": best == targets, "copied": copied}
-        return ModelOutput(None, SegmentPairs({}, {}), **scores)
+        hits = best == targets
+        return ModelOutput(None, SegmentPairs({}, {}), copied=copied, nll=nll, hits=hits)
 
     def _layers(
         self,

@@ -59,9 +59,7 @@ class OutputHead:
         nll, hits = MemorizingNet.loss(logits, targets, "none"), logits.argmax(-1) == targets
         return ModelOutput(None, SegmentPairs({}, {}), nll=nll, hits=hits)
 
-    def _forecast(
-        self, base: Any, input_ids: Tensor, targets: Tensor, **options: Any
-    ) -> Forecast:
+    def _forecast(self, base: Any, input_ids: Tensor, targets: Tensor, **options: Any) -> Forecast:
         hidden = base.get_decoder()(input_ids, **options).last_hidden_state
         linear = base.get_output_embeddings()
         bias = None if linear.bias is None else linear.bias * self.scale
