@@ -7,9 +7,10 @@ import torch
 from build import VOCAB, random_tokens, small_model
 from torch import Tensor
 
-from memorizing_transformers.model import ModelConfig, copying
+from memorizing_transformers.model import ModelConfig, copying, mixing
 from memorizing_transformers.model.config import COPY_NAMES
-from memorizing_transformers.model.copying import COPIES, _MixIn, log_total, sum_by_token
+from memorizing_transformers.model.copying import COPIES, sum_by_token
+from memorizing_transformers.model.mixing import _MixIn, log_total
 
 
 def candidates(seed: int, places: int = 7) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,16 +30,16 @@ def mixture(logits: Tensor, tokens: Tensor, odds: Tensor) -> Tensor:
 
 def mixed(logits: Tensor, tokens: Tensor, odds: Tensor) -> Tensor:
     """Logits as the copy head makes them."""
-    own, sums = sum_by_token(tokens, odds, logits.shape[-1])
-    log_odds = sums.clamp(min=1e-30).log().masked_fill(sums == 0, -torch.inf)
-    out: Tensor = _MixIn.apply(logits * 1.0, own, log_odds, log_total(logits))
+    sums, once = sum_by_token(tokens, odds, logits.shape[-1])
+    log_odds = sums.clamp(min=1e-30).log().masked_fill((sums == 0) | ~once, -torch.inf)
+    out: Tensor = _MixIn.apply(logits * 1.0, tokens, log_odds, log_total(logits))
     return out
 
 
 @pytest.fixture(params=[64, 2])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments that are read in one piece, and in two."""
-    monkeypatch.setattr(copying, "CHUNK", request.param)
+    monkeypatch.setattr(mixing, "CHUNK", request.param)
 
 
 @pytest.fixture(params=[1000, 0], ids=["table", "sorted"])
@@ -88,13 +89,13 @@ def test_each_token_has_its_sum_once(dense: None) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 6, (2, 3, 9), generator=generator)
     weights = torch.rand(2, 3, 9, generator=generator)
-    own, sums = sum_by_token(tokens, weights, 6)
+    sums, once = sum_by_token(tokens, weights, 6)
     for row in range(2):
         for place in range(3):
             given, share = tokens[row, place], weights[row, place]
-            there = sums[row, place] > 0
-            assert sorted(own[row, place][there].tolist()) == sorted({*given.tolist()})
-            for token, total in zip(own[row, place][there], sums[row, place][there], strict=True):
+            counted = once[row, place]
+            assert sorted(given[counted].tolist()) == sorted({*given.tolist()})
+            for token, total in zip(given, sums[row, place], strict=True):
                 assert total == pytest.approx(share[given == token].sum())
 
 

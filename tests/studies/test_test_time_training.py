@@ -108,7 +108,8 @@ def test_it_computes_in_the_precision_of_the_trainer(texts: Path) -> None:
 
     class Watch(Callback):
         def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.net.register_forward_hook(lambda *args: seen.append(args[2].logits.dtype))
+            part = pl_module.net.layers[0].feed_forward
+            part.register_forward_hook(lambda *args: seen.append(args[2].dtype))
 
     callbacks = [Watch(), TestTimeTraining(0.1)]
     trainer = make_trainer(callbacks=callbacks, inference_mode=False, precision="bf16-mixed")

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peak import Peak
 from small import make_data, make_module
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from memorizing_transformers.model import ModelConfig, Transformer
+from memorizing_transformers.model import ModelConfig, Transformer, scoring
 from memorizing_transformers.training.estimate import estimate
 from memorizing_transformers.training.trainer import MemoryTrainer
 
@@ -119,8 +120,9 @@ def test_flops_and_activations_are_those_of_a_training_step(shape: dict[str, Any
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        output = model(tokens, bank)
-        loss = model.loss(output.logits, tokens)
+        output = model.score(tokens, bank, tokens)
+        assert output.nll is not None
+        loss = output.nll.mean()
         bank.commit(output.pairs)
         loss.backward()
     cost = estimate(config, rows, segment)
@@ -129,7 +131,54 @@ def test_flops_and_activations_are_those_of_a_training_step(shape: dict[str, Any
         for weight in model.parameters():
             kept.pop(weight.untyped_storage().data_ptr(), None)
         measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        assert cost.activation_bytes == pytest.approx(measured, rel=0.25)
+        # Half of what the loss needs is kept: all logits fit into one chunk.
+        kept_bytes = cost.activation_bytes + cost.loss_bytes / 2
+        assert kept_bytes == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [2**20, 2**14], ids=["one chunk", "many"])
+def test_the_loss_needs_what_it_says(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "CHUNK", chunk)
+    tokens, vocabulary, width = 256, 2048, 16
+    hidden = torch.randn(1, tokens, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    with Peak() as peak, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        nll = scoring.forecast(hidden, weight, torch.zeros(1, tokens, dtype=torch.int64)).nll
+        nll.sum().backward()
+    config = ModelConfig(vocab_size=vocabulary, d_model=width, num_heads=1, head_dim=16)
+    cost = estimate(config, 1, tokens, activation_bytes=dtype.itemsize)
+    # The gradient of the weights, which in half precision exists once more for a moment.
+    gradient = vocabulary * width * (4 if dtype == torch.float32 else 10)
+    assert cost.loss_bytes + gradient == pytest.approx(peak.most, rel=0.12)
+
+
+def test_logits_that_are_made_again_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(vocab_size=500, d_model=32, num_layers=1, num_heads=2)
+    once = estimate(config, 2, 64)
+    monkeypatch.setattr(scoring, "CHUNK", 500 * 64)
+    twice = estimate(config, 2, 64)
+    assert twice.model_flops - once.model_flops == 2 * 128 * 500 * 32
+    assert twice.loss_bytes == once.loss_bytes / 2
+    assert once.device_bytes - twice.device_bytes == twice.loss_bytes
+
+
+def test_masks_are_named_where_a_gpu_may_keep_them() -> None:
+    shape: dict[str, Any] = {"vocab_size": 50, "num_layers": 3, "num_heads": 4, "xl_cache": 64}
+    one = 2 * 4 * 128 * (128 + 64) * 2
+
+    def masks(segment: int = 128, **settings: Any) -> int:
+        config = ModelConfig(**{**shape, **settings})
+        return estimate(config, 2, segment, activation_bytes=2).mask_bytes
+
+    assert masks() == 3 * one
+    assert masks(memory={"combine": "joint"}) == 2 * one
+    assert masks(activation_checkpointing=True) == 2 * one
+    assert masks(segment=4096) == 0  # attention goes in blocks
+    cost = estimate(ModelConfig(**shape), 2, 128)
+    assert any("without FlexAttention" in line for line in cost.lines())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -184,7 +233,7 @@ def counted_flops(shape: dict[str, Any], rows: int, segment: int, **memory: Any)
         with torch.no_grad():
             bank.commit(model(tokens, bank).pairs)
     with FlopCounterMode(display=False) as counter:
-        model.loss(model(tokens, bank).logits, tokens).backward()
+        model.score(tokens, bank, tokens).nll.mean().backward()
     return counter.get_total_flops()
 
 

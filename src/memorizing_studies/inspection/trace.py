@@ -237,10 +237,10 @@ def read_document(
     for start in range(0, len(ids) - 1, segment):
         # The document's last token predicts nothing.
         inputs = tokens[start : min(start + segment, len(ids) - 1)]
-        output = model(inputs[None], bank)
         targets = tokens[start + 1 : start + 1 + len(inputs)]
-        nats = model.loss(output.logits, targets[None], reduction="none")
-        trace.nats[start + 1 : start + 1 + len(inputs)] = nats[0].cpu().numpy()
+        output = model.score(inputs[None], bank, targets[None])
+        assert output.nll is not None
+        trace.nats[start + 1 : start + 1 + len(inputs)] = output.nll[0].cpu().numpy()
         for number, layer in enumerate(trace.layers):
             memory = bank.memories[layer]
             record(trace, number, output.retrievals[layer], memory, placed[layer], start)

@@ -109,7 +109,8 @@ class SessionCache:
     def _read(session: Session, ids: Tensor, last: bool) -> Tensor:
         if last:
             return session.read(ids)[:, None]
-        return torch.cat([output.logits for _, output in session.parts(ids)], 1)
+        parts = (output.logits for _, output in session.parts(ids))
+        return torch.cat([logits for logits in parts if logits is not None], 1)
 
 
 class MemorizingConfig(PreTrainedConfig):

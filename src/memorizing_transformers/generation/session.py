@@ -116,6 +116,7 @@ class Session:
         """
         logits = None
         for _, output in self.parts(input_ids):
+            assert output.logits is not None
             logits = output.logits[:, -1]
         if logits is None:
             raise ValueError("there is no token to read")

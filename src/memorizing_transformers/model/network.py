@@ -14,22 +14,26 @@ from torch import Tensor, nn
 
 from ..memory import MemoryBank, OpenSegment, SegmentPairs
 from .reader import MemoryReader, Retrieval
-
-IGNORE_INDEX = -100
+from .scoring import IGNORE_INDEX
 
 
 @dataclass
 class ModelOutput:
     """What a forward pass returns."""
 
-    logits: Tensor
-    """(B, N, V)."""
+    logits: Tensor | None
+    """(B, N, V); None where targets were given."""
     pairs: SegmentPairs
     """The segment's keys and values, for ``MemoryBank.commit``."""
     retrievals: dict[int, Retrieval] = field(default_factory=dict)
     """By memory layer what was retrieved; empty without a memory."""
     copied: Tensor | None = None
     """(B, N) weight of the copies in the prediction, in [0, 1]; None without a copy head."""
+    nll: Tensor | None = None
+    """(B, N) fp32 negative log-likelihood of the targets, 0 where they do not count; None without
+    targets."""
+    hits: Tensor | None = None
+    """(B, N) bool: the target is the likeliest token; None without targets."""
 
 
 class MemorizingNet(nn.Module):
@@ -101,6 +105,26 @@ class MemorizingNet(nn.Module):
         home = next(self.parameters()).device
         output: ModelOutput = self(input_ids.to(home), memory)
         return output.pairs
+
+    def score(self, input_ids: Tensor, memory: MemoryBank | None, targets: Tensor) -> ModelOutput:
+        """Read a segment, as ``forward`` does, and the losses of targets.
+
+        Here they follow from all logits; a network that can do without overrides this.
+
+        Args:
+            input_ids: (B, N) int64.
+            memory: the bank of these B rows, or None.
+            targets: (B, N) int64, -100 for tokens that do not count.
+
+        Returns:
+            an output that has ``nll`` and ``hits``.
+        """
+        output: ModelOutput = self(input_ids, memory)
+        assert output.logits is not None
+        output.nll = self.loss(output.logits, targets, reduction="none")
+        output.hits = output.logits.detach().argmax(-1) == targets
+        output.logits = None
+        return output
 
     @staticmethod
     def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

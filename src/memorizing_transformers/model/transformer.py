@@ -26,11 +26,12 @@ from ..memory import (
 )
 from .attention import Attention, MemoryLayerAttention
 from .config import ModelConfig
-from .copying import CopyHead
 from .layer import First, Layer
+from .mixing import CopyHead
 from .network import MemorizingNet, ModelOutput
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
+from .scoring import forecast
 
 
 def _rename(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
@@ -169,6 +170,7 @@ class Transformer(MemorizingNet):
         memory: MemoryBank | None = None,
         *,
         open_segment: OpenSegment | None = None,
+        targets: Tensor | None = None,
     ) -> ModelOutput:
         """Read a segment.
 
@@ -179,6 +181,8 @@ class Transformer(MemorizingNet):
             input_ids: (B, N) int64.
             memory: the bank of these B rows, or None for plain attention within the segment.
             open_segment: of ``memory``; the tokens follow those that it holds, and are added to it.
+            targets: (B, N) int64, -100 for tokens that do not count; with them the output has
+                their losses in place of logits.
 
         Raises:
             ValueError: where ``memory`` holds another number of rows.
@@ -195,16 +199,44 @@ class Transformer(MemorizingNet):
         count = self.config.num_layers
         x, _, pairs, retrievals = self._layers(embedded, count, before, bank, input_ids)
         x = self.dropout(self.norm(x))
-        logits = F.linear(x * self.config.d_model**-0.5, self.embedding.weight)
-        copied = None
+        output = self._predict(x, input_ids, bank, retrievals, targets)
+        output.pairs = SegmentPairs(pairs, pairs)
+        output.retrievals = {number: one.detach() for number, one in retrievals.items()}
+        if open_segment is not None:
+            open_segment.append(new_ids, output.pairs)
+        return output
+
+    def score(self, input_ids: Tensor, memory: MemoryBank | None, targets: Tensor) -> ModelOutput:
+        """Read a segment, and the losses of targets (B, N); logits of all tokens never exist."""
+        output: ModelOutput = self(input_ids, memory, targets=targets)
+        return output
+
+    def _predict(
+        self,
+        x: Tensor,
+        input_ids: Tensor,
+        bank: MemoryBank,
+        retrievals: dict[int, Retrieval],
+        targets: Tensor | None,
+    ) -> ModelOutput:
+        """Logits, or the losses of targets, from normalised hidden states x (B, N, d_model)."""
+        weight, hidden = self.embedding.weight, x * self.config.d_model**-0.5
+        found = copied = None
         if self.copy_head is not None and retrievals:
             last = max(retrievals)
-            found = (bank.memories[last], retrievals[last])
-            logits, copied = self.copy_head(logits, x, input_ids, *found)
-        retrievals = {number: one.detach() for number, one in retrievals.items()}
-        if open_segment is not None:
-            open_segment.append(new_ids, SegmentPairs(pairs, pairs))
-        return ModelOutput(logits, SegmentPairs(pairs, pairs), retrievals, copied)
+            where = (bank.memories[last], retrievals[last])
+            found = self.copy_head.find(x, input_ids, *where, len(weight))
+        if targets is None:
+            logits = F.linear(hidden, weight)
+            if self.copy_head is not None and found is not None:
+                logits, copied = self.copy_head.mix(logits, found)
+            return ModelOutput(logits, SegmentPairs({}, {}), copied=copied)
+        own = forecast(hidden, weight, targets, None if found is None else found.tokens)
+        nll, best = own.nll, own.best
+        if self.copy_head is not None and found is not None:
+            nll, best, copied = self.copy_head.score(own, targets, found)
+        hits = best == targets
+        return ModelOutput(None, SegmentPairs({}, {}), copied=copied, nll=nll, hits=hits)
 
     def _layers(
         self,

@@ -1,4 +1,4 @@
-"""Keyword arguments that are not known are refused, with the nearest one that is."""
+"""Arguments that are not known, or cannot work, are refused, with what would do."""
 
 from __future__ import annotations
 
@@ -53,3 +53,31 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     refuse_unknown(settings, SETTINGS, "model.")
     check_memory(settings.get("memory"), "model.memory.")
+
+
+def check_placement(
+    memory: MemoryConfig, xl_cache: int, position: str, skip_first: int, prefix: str
+) -> None:
+    """Refuse settings of a pretrained model's memory that cannot work.
+
+    Args:
+        memory: settings of the memory.
+        xl_cache: cached tokens of every layer.
+        position: where retrieved keys are.
+        skip_first: pairs at the start of a segment that are never stored.
+        prefix: of the keys of ``memory``, for the message.
+
+    Raises:
+        ConfigError: naming the setting and what would do.
+    """
+    if position not in ("distance", "start"):
+        raise ConfigError("position", position, "must be distance or start")
+    for name, value in (("xl_cache", xl_cache), ("skip_first", skip_first)):
+        if value < 0:
+            raise ConfigError(name, value, "must be at least 0")
+    refused = {"position_bias": "none", "match_length": 0, "copy": [], "candidates": 1}
+    for name, only in refused.items():
+        given = getattr(memory, name)
+        if given != only:
+            remedy = f"must be {only}: a pretrained model brings its own positions and head"
+            raise ConfigError(f"{prefix}memory.{name}", given, remedy)

@@ -112,6 +112,7 @@ class MemorizingTransformer(
         attention_mask: Any = None,
         *,
         open_segment: OpenSegment | None = None,
+        targets: Tensor | None = None,
         **others: Any,
     ) -> ModelOutput:
         """Read a segment, as ``Transformer.forward`` does.
@@ -124,6 +125,7 @@ class MemorizingTransformer(
                 mask changes nothing: no token sees what comes after it. Logits of padding mean
                 nothing, and ``memory.commit`` takes the mask to leave it out.
             open_segment: of ``memory``; the tokens follow those that it holds, and are added to it.
+            targets: as for ``Transformer.forward``.
             others: ``token_type_ids`` are ignored.
 
         Raises:
@@ -143,7 +145,7 @@ class MemorizingTransformer(
             if mask.shape != ids.shape or (mask.diff() > 0).any():
                 remedy = "must have the shape of input_ids, with padding at the right of a row only"
                 raise ConfigError("attention_mask", brief(mask.tolist()), remedy)
-        return super().forward(ids, memory, open_segment=open_segment)
+        return super().forward(ids, memory, open_segment=open_segment, targets=targets)
 
     def _ids(self, given: Any) -> Tensor:
         """Token ids (B, N), of any form that ``forward`` takes."""

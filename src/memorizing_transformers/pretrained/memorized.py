@@ -26,7 +26,8 @@ from ..memory import (
 )
 from ..model import MemorizingNet, MemoryConfig, ModelConfig, ModelOutput
 from ..model.reader import MemoryReader
-from .arguments import check_memory
+from .arguments import check_memory, check_placement
+from .head import OutputHead
 from .hook import LayerHook, attention_modules
 from .induction import induction_layers
 from .keys import check_keys, fingerprint_weights
@@ -71,7 +72,7 @@ class MemorizedModel(MemorizingNet):
     ) -> None:
         super().__init__()
         memory.validate(f"{self.prefix}memory.")
-        self._check_settings(memory, xl_cache, position, skip_first)
+        check_placement(memory, xl_cache, position, skip_first, self.prefix)
         modules = attention_modules(base)
         if any(hasattr(module, "memory_hook") for module in modules.values()):
             name = str(getattr(base, "name_or_path", type(base).__name__))
@@ -91,12 +92,13 @@ class MemorizedModel(MemorizingNet):
                 remedy = f"each must lie between 0 and {self.num_layers - 1}, or count from -1 down"
                 raise ConfigError(f"{self.prefix}memory.layers", memory.layers, remedy)
         self.memory_layers = tuple(sorted({x % self.num_layers for x in memory.layers or []}))
+        count = min(12, self.window - 4)
+        self._head = OutputHead(base, kind.vocab_size, count)
         self._calls = RotaryCalls(base)
         self._hooks = {
             layer: LayerHook(module, self._calls, self.window, position == "distance")
             for layer, module in sorted(modules.items())
         }
-        count = min(12, self.window - 4)
         self._shapes = check_keys(base, self._hooks, self._run, kind.vocab_size, count)
         search = make_search(memory.search, memory.recall_target, memory.search_bytes)
         heads, width = kind.num_attention_heads, kind.hidden_size
@@ -118,40 +120,25 @@ class MemorizedModel(MemorizingNet):
         """The base's sizes and the memory's settings, as a model of our own has them."""
         self._modules_by_layer = {layer: modules[layer] for layer in self.memory_layers}
 
-    def _check_settings(
-        self, memory: MemoryConfig, xl_cache: int, position: str, skip_first: int
-    ) -> None:
-        if position not in ("distance", "start"):
-            raise ConfigError("position", position, "must be distance or start")
-        for name, value in (("xl_cache", xl_cache), ("skip_first", skip_first)):
-            if value < 0:
-                raise ConfigError(name, value, "must be at least 0")
-        refused = {"position_bias": "none", "match_length": 0, "copy": [], "candidates": 1}
-        for name, only in refused.items():
-            given = getattr(memory, name)
-            if given != only:
-                remedy = f"must be {only}: a pretrained model brings its own positions and head"
-                raise ConfigError(f"{self.prefix}memory.{name}", given, remedy)
-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.base.parameters()).device
 
-    def _run(self, segment: Segment, input_ids: Tensor, **options: Any) -> Tensor:
+    def _run(self, segment: Segment, input_ids: Tensor, **options: Any) -> ModelOutput:
         self._calls.calls = []
         for layer, hook in self._hooks.items():
             if self.xl_cache or segment.length or layer in self.memory_layers:
                 hook.segment = segment
         try:
-            logits: Tensor = self.base(input_ids, use_cache=False, **options).logits
+            output = self._head(self.base, input_ids, use_cache=False, **options)
         finally:
             # Under gradient checkpointing the backward pass computes the layers again.
             if not (self.training and torch.is_grad_enabled()):
                 self._calls.calls = None
                 for hook in self._hooks.values():
                     hook.segment = None
-        return logits
+        return output
 
     def readers(self) -> dict[int, MemoryReader]:
         """By layer, what reads the memory."""
@@ -204,6 +191,7 @@ class MemorizedModel(MemorizingNet):
         attention_mask: Tensor | None = None,
         *,
         open_segment: OpenSegment | None = None,
+        targets: Tensor | None = None,
         **options: Any,
     ) -> ModelOutput:
         """Read a segment and change nothing.
@@ -215,6 +203,8 @@ class MemorizedModel(MemorizingNet):
                 right of a row; no token sees it, and ``memory.commit`` takes the mask to leave it
                 out.
             open_segment: of ``memory``; the tokens follow those that it holds, and are added to it.
+            targets: (B, N) int64, -100 for tokens that do not count; with them the output has
+                their losses in place of logits.
             options: of the model.
 
         Raises:
@@ -225,8 +215,9 @@ class MemorizedModel(MemorizingNet):
             self._calls.calls = None
             for hook in self._hooks.values():
                 hook.segment = None
-            plain = self.base(input_ids, attention_mask=attention_mask, **options)
-            return ModelOutput(plain.logits, SegmentPairs({}, {}))
+            return self._head(
+                self.base, input_ids, targets, attention_mask=attention_mask, **options
+            )
         if memory.batch_size != input_ids.shape[0]:
             rows = input_ids.shape[0]
             raise ValueError(f"a bank of {memory.batch_size} rows got {rows} rows")
@@ -243,12 +234,17 @@ class MemorizedModel(MemorizingNet):
             segment = self._continue(segment, open_segment)
             places = torch.arange(input_ids.shape[1], device=self.device) + open_segment.count
             options["position_ids"] = places.expand(input_ids.shape[0], -1)
-        logits = self._run(segment, input_ids, **options)
-        pairs = SegmentPairs(segment.pairs, segment.pairs)
+        output = self._run(segment, input_ids, targets=targets, **options)
+        output.pairs = SegmentPairs(segment.pairs, segment.pairs)
         if open_segment is not None:
-            open_segment.append(input_ids, pairs)
-        retrievals = {layer: found.detach() for layer, found in segment.retrievals.items()}
-        return ModelOutput(logits, pairs, retrievals)
+            open_segment.append(input_ids, output.pairs)
+        output.retrievals = {n: found.detach() for n, found in segment.retrievals.items()}
+        return output
+
+    def score(self, input_ids: Tensor, memory: MemoryBank | None, targets: Tensor) -> ModelOutput:
+        """Read a segment, and the losses of targets (B, N), without logits of all tokens."""
+        output: ModelOutput = self(input_ids, memory, targets=targets)
+        return output
 
     @staticmethod
     def _continue(segment: Segment, open_segment: OpenSegment) -> Segment:

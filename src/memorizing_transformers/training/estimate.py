@@ -17,8 +17,10 @@ from ..memory import SEARCHES, STORAGE_DTYPES, make_search
 from ..memory.search.kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
 from ..memory.search.kernels.score_blocks import SCORE_BYTES
 from ..memory.storage import slot_bytes
-from ..model import CopyHead, MemoryReader, ModelConfig
+from ..model import GATES, CopyHead, MemoryReader, ModelConfig
+from ..model.attention import MASK_BYTES
 from ..model.local_attention import BLOCK
+from ..model.scoring import chunk_tokens, loss_bytes
 
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
 """Numbers of optimiser state per weight; Adafactor's factors are negligible. Of others two are
@@ -40,6 +42,10 @@ class Estimate:
     """XL caches."""
     activation_bytes: int
     """Those of attention over the memory are counted on the device, wherever the memory lives."""
+    loss_bytes: int
+    """Logits and their gradients, of the tokens that the loss takes at once."""
+    mask_bytes: int
+    """Masks that local attention keeps on a GPU where FlexAttention does not run; not counted."""
     search_bytes: int
     """Scratch of a search: scores that live at once."""
     index_bytes: int
@@ -75,7 +81,7 @@ class Estimate:
         """Bytes that live where the model lives."""
         state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         memory = 0 if self.memory_on_host else self.memory_bytes + self._scratch_bytes
-        return state + memory + self.cache_bytes + self.activation_bytes
+        return state + memory + self.cache_bytes + self.activation_bytes + self.loss_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -102,6 +108,7 @@ class Estimate:
             ),
             ("  XL caches", _bytes(self.cache_bytes)),
             ("  activations", _bytes(self.activation_bytes)),
+            ("  loss", _bytes(self.loss_bytes)),
             *([] if self.memory_on_host else memory),
             ("host", _bytes(self.host_bytes)),
             *(memory if self.memory_on_host else []),
@@ -109,6 +116,8 @@ class Estimate:
             ("FLOPs a step", f"{self.flops:.3g}"),
             ("  of which the memory", f"{self.memory_share:.1%}"),
         ]
+        if self.mask_bytes:
+            rows.append(("masks, GPU without FlexAttention", _bytes(self.mask_bytes)))
         if self.refresh_flops:
             rows.append(("    of which refreshing", f"{self.refresh_flops / self.flops:.1%}"))
         return [f"{name:<34}{value:>16}" for name, value in rows]
@@ -212,7 +221,12 @@ def estimate(
         projected = 2 * tokens * config.d_model * (heads + 2 * groups) * width
         again = (layers - memory_layers) * (projected + local / layers)
         again += layers * 2 * tokens * config.d_model * config.ff_width
-    logits = 3 * tokens * vocab * 4
+    if chunk_tokens(tokens, vocab) < tokens:
+        again += 2 * tokens * vocab * config.d_model
+    mask = rows * heads * segment * (segment + config.xl_cache) * activation_bytes
+    masked = memory_layers + 1 if config.activation_checkpointing else layers
+    if GATES[memory.combine].needs_local_mass:
+        masked -= memory_layers
 
     index_bytes = 0
     indexed = SEARCHES[memory.search].index_bytes
@@ -230,7 +244,9 @@ def estimate(
         optimizer_bytes=optimizer_bytes,
         memory_bytes=memory_bytes,
         cache_bytes=cache_bytes,
-        activation_bytes=tokens * kept * activation_bytes + logits,
+        activation_bytes=tokens * kept * activation_bytes,
+        loss_bytes=loss_bytes(tokens, vocab, config.d_model, activation_bytes),
+        mask_bytes=masked * mask if mask <= MASK_BYTES else 0,
         search_bytes=scratch,
         index_bytes=index_bytes,
         model_flops=6.0 * tokens * dense + 3.5 * local + again,

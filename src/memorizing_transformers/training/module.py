@@ -224,8 +224,9 @@ class MemorizingLM(HostSide):
         Returns:
             the output, and the loss of every token (B, N) in fp32, 0 for padding.
         """
-        output: ModelOutput = self.net(batch.input_ids, self.banks[stage])
-        return output, self.net.loss(output.logits, batch.targets, reduction="none")
+        output = self.net.score(batch.input_ids, self.banks[stage], batch.targets)
+        assert output.nll is not None
+        return output, output.nll
 
     def commit(self, stage: str, batch: Batch, output: ModelOutput) -> None:
         """Write the segment to the stage's memory: once, after the read."""
@@ -235,8 +236,7 @@ class MemorizingLM(HostSide):
     @staticmethod
     def measure(metrics: MetricCollection, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
         """Add a batch to metrics."""
-        correct = output.logits.detach().argmax(-1) == batch.targets
-        metrics.update(nll.detach(), correct, batch.mask, batch.num_bytes)
+        metrics.update(nll.detach(), output.hits, batch.mask, batch.num_bytes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Read one segment of every row; the loss, which ``watch_loss`` looks at.
@@ -290,7 +290,7 @@ class MemorizingLM(HostSide):
             "position": batch.position,
             "target": batch.targets,
             "loss": nll,
-            "correct": output.logits.argmax(-1) == batch.targets,
+            "correct": output.hits,
             "num_bytes": batch.num_bytes,
             "best": best,
         }

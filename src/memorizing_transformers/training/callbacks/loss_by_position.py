@@ -139,12 +139,11 @@ class LossByPosition(Callback):
         self._left -= part.input_ids.numel()
         self._bank.reset(part.reset)
         with trainer.precision_plugin.forward_context():
-            output = pl_module.net(part.input_ids, self._bank)
-            off = pl_module.net.loss(output.logits, part.targets, reduction="none")
+            output = pl_module.net.score(part.input_ids, self._bank, part.targets)
         self._bank.commit(output.pairs, part.mask)
         counted = part.mask
         position = part.position[:, None] + torch.arange(1, segment + 1, device=counted.device)
-        vectors = (position, outputs["nll"][self._rows], off)
+        vectors = (position, outputs["nll"][self._rows], output.nll)
         self._sums.add(*(vector[counted].cpu() for vector in vectors))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
