@@ -178,6 +178,7 @@ def tasks(
     model: str,
     data: list[str] | None = None,
     control: str | None = None,
+    reference: str | None = None,
     out: str = "tasks",
     tasks: list[str] | None = None,
     items: str | None = None,
@@ -204,6 +205,8 @@ def tasks(
         model: A checkpoint, a folder of export, or the folder or hub name of a pretrained model.
         data: Documents: text files, folders, or records as JSON lines or Parquet.
         control: A model trained without memory, to compare with.
+        reference: A model with memory that finds the tokens of the task key-tokens; the same one
+            for all models that are compared. Default: the task is left out.
         out: Folder for the results.
         tasks: Names of the tasks. Default: all.
         items: The items.json of an earlier run with the same data. Default: items are made.
@@ -229,6 +232,7 @@ def tasks(
             model,
             data or [],
             control,
+            reference,
             out,
             tasks,
             items,

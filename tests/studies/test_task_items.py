@@ -186,7 +186,7 @@ def test_the_seed_fixes_the_items() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_documents_without_what_is_asked_are_counted(name: str) -> None:
-    found, skipped = build(name, texts_of("a b c d\n" * 20, "e" * 150))
+    found, skipped = build(name, texts_of("a b c d\n" * 12, "e" * 99))
     assert not [item for _, item in found if item.candidates]
     assert sum(skipped.values()) >= 1
 

@@ -74,11 +74,13 @@ def test_a_run_gives_tables_plots_and_a_page(
         assert f"documents: {line}" in said
     files = {path.name for path in out.iterdir()}
     tables = {"table.md", "table.csv", "table.json", "index.html", "items.json", "scores.json"}
-    assert files == tables | {f"{name}.png" for name in TASKS} | {"tensorboard"}
+    assert "key-tokens: 1 skipped (no reference model was given)" in said
+    names = TASKS.keys() - {"key-tokens"}
+    assert files == tables | {f"{name}.png" for name in names} | {"tensorboard"}
     rows = rows_of(out)
-    assert {row["task"] for row in rows} == {*TASKS}
+    assert {row["task"] for row in rows} == names
     arms = {"memory on", "memory off", "control", "memory on - memory off", "memory on - control"}
-    for name in TASKS:
+    for name in names - {"many-documents"}:
         own = [row for row in rows if row["task"] == name and row["measure"] == "accuracy"]
         assert {row["arm"] for row in own} >= arms | {"chance"}
         assert all(0 <= float(row["value"]) <= 1 for row in own if " - " not in row["arm"])
@@ -87,16 +89,16 @@ def test_a_run_gives_tables_plots_and_a_page(
     assert whole["facts"]["seed"] == 0
     assert whole["skipped"]["documents"]["empty"] == 2
     written = (out / "table.md").read_text()
-    assert all(task.title in written for task in TASKS.values())
+    assert all(TASKS[name].title in written for name in names)
     assert "memory on - control" in written
     page = (out / "index.html").read_text("utf-8")
-    assert page.count("data:image/svg+xml;base64,") == len(TASKS)
+    assert page.count("data:image/svg+xml;base64,") == len(names)
     assert "<script" not in page
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {tag.split("/")[0] for tag in tags["scalars"]} == {*TASKS}
-    assert {*tags["images"]} == {*TASKS}
+    assert {tag.split("/")[0] for tag in tags["scalars"]} == names
+    assert {*tags["images"]} == names
 
 
 def test_two_models_see_the_same_items(
@@ -120,6 +122,7 @@ def test_two_models_see_the_same_items(
 
 def test_every_mistake_is_told_in_one_line(
     model: Path,
+    control: Path,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -153,6 +156,8 @@ def test_every_mistake_is_told_in_one_line(
         ([*good[:-1], tmp_path / "file", *SMALL], "out = "),
         ([*good, "--tasks", "lemma-recall", "--max_documents", 1, *SMALL[:6]], "no task finds"),
         ([*good, "--background", tmp_path / "nowhere", *SMALL], "background = "),
+        ([*good, "--reference", tmp_path / "nowhere", *SMALL], "reference = "),
+        ([*good, "--reference", control, *SMALL], "has no memory"),
     ):
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, *args)

@@ -81,19 +81,20 @@ class Encoder:
         first = tokens_before(tokens, item.place)
         back = first if item.before else max(0, first - LEAD)
         begin = start_of(tokens, back)
-        lead = tokens.text[begin : item.place] if not item.before else item.before
-        encoded = self.short([f"{lead}{c}{item.after}" for c in item.candidates])
+        encoded = self._with_lead(tokens.text[begin : item.place], item)
         shared = set.intersection(*({begin + end for end in ends} for _, ends in encoded))
         for index in range(first, back, -1):
             seam = start_of(tokens, index)
             if seam in shared:
                 return Choice(index, [_after(one, seam - begin) for one in encoded])
-        if not item.before:
-            rest = tokens.text[start_of(tokens, first) : item.place]
-            encoded = self.short([f"{rest}{c}{item.after}" for c in item.candidates])
-        end = len(item.before)
+        rest = tokens.text[start_of(tokens, first) : item.place]
+        encoded = self._with_lead(rest, item)
+        end = len(rest + item.before) if item.before else 0
         unscored = min(int(np.searchsorted(ends, end, side="right")) for _, ends in encoded)
         return Choice(first, [ids for ids, _ in encoded], unscored)
+
+    def _with_lead(self, lead: str, item: Item) -> list[tuple[list[int], list[int]]]:
+        return self.short([f"{lead}{item.before}{c}{item.after}" for c in item.candidates])
 
 
 def _after(encoded: tuple[list[int], list[int]], place: int) -> list[int]:

@@ -37,7 +37,7 @@ def draw(task: Task, rows: Sequence[Row]) -> Figure:
         panel.set_title(group if group != ALL else task.title, fontsize=9)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
-    unit = "accuracy" if task.measure == "accuracy" else "loss, nats for each item"
+    unit = "accuracy" if task.measure == "accuracy" else "loss, nats"
     figure.supylabel(unit, fontsize=9)
     figure.supxlabel(task.axis, fontsize=9)
     if len(panels) and panels[0].get_legend_handles_labels()[0]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
-from .continuations import Encoder, start_of, tokens_up_to
-from .items import Item, Piece, Sheet
+from .filler import LEAD, SPARE, TOO_SHORT, Filler
+from .items import Item, Sheet
 from .syntax import new_names, new_values, syntax_of
 from .task import Settings, Task
-from .texts import Text, Texts
+from .texts import Texts
 
 KEYS = (1, 4, 16, 64)
 """Facts of a text."""
@@ -21,10 +21,6 @@ ASKED = 4
 """Facts of a text that are asked for, at most."""
 CHOICES = 4
 """Values to choose from, at least; where fewer were written, others are made up."""
-LEAD = 32
-"""Tokens of real text before the facts."""
-SPARE = 8
-"""Tokens more than needed; where facts meet real text, tokens can change."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +52,6 @@ def distances(settings: Settings) -> list[int]:
     return found
 
 
-class Filler:
-    """Parts of documents, drawn at random, that facts are written into.
-
-    Args:
-        texts: the documents.
-        random: what draws.
-    """
-
-    def __init__(self, texts: Texts, random: Random) -> None:
-        self.texts, self.random = texts, random
-        self.encoder: Encoder | None = None
-
-    def draw(self, tokens: int) -> tuple[Text, int] | None:
-        """A document and one of its tokens that begins a line, with ``tokens`` tokens after it.
-
-        None where no document is as long.
-        """
-        fit = [text for text in self.texts.texts if len(text.tokens) > tokens]
-        if not fit:
-            return None
-        text = self.random.choice(fit)
-        first = self.random.randrange(len(text.tokens) - tokens)
-        begin = text.tokens.text.rfind("\n", 0, start_of(text.tokens, first) + 1) + 1
-        return text, tokens_up_to(text.tokens, begin)
-
-    def encode(self, pieces: tuple[Piece, ...]) -> tuple[str, Encoder]:
-        """The text of pieces, and the encoder of the documents' tokenizer."""
-        if self.encoder is None:
-            self.encoder = Encoder(self.texts.texts[0].tokenizer)
-        return self.texts.join(pieces), self.encoder
-
-
 class KeyValues(Task):
     """What is the value of a key that was written far back?"""
 
@@ -112,51 +76,36 @@ class KeyValues(Task):
             for _ in range(-(-per_cell // min(plan.keys, ASKED))):
                 sheet = self._sheet(plan, places, filler, random)
                 if sheet is None:
-                    skipped["no document is long enough for a text with facts"] += 1
+                    skipped[TOO_SHORT] += 1
                 else:
                     sheets.append(sheet)
         return sheets
 
     def _sheet(self, plan: Plan, places: list[int], filler: Filler, random: Random) -> Sheet | None:
-        length = LEAD + places[-1] + SPARE
-        drawn = filler.draw(length)
+        drawn = filler.draw(LEAD + places[-1] + SPARE)
         if drawn is None:
             return None
         text, first = drawn
-        tokens = text.tokens
-        last = min(len(tokens), first + length)
-        whole = tokens.text
-        syntax = syntax_of(whole)
-        before, after = syntax.fact
+        whole = text.tokens.text
+        before, after = syntax_of(whole).fact
         names = [*islice(new_names(whole, random), plan.keys)]
         rounds = 2 if plan.changed else 1
         values = [*islice(new_values(whole, random), max(CHOICES, rounds * plan.keys))]
-        written = values[: rounds * plan.keys]
         lines = [
             f"{before.format(name=names[number % plan.keys])}{value}{after}"
-            for number, value in enumerate(written)
+            for number, value in enumerate(values[: rounds * plan.keys])
         ]
-        lead = text.part(first, first + LEAD)
-        facts = "\n" + "".join(lines)
-        pieces = (lead, Piece(text=facts), text.part(first + LEAD, last))
-        content, encoder = filler.encode(pieces)
-        read = encoder.text(content)
-        ends, end = [], lead.end - lead.begin + 1
-        for line in lines:
-            end += len(line)
-            ends.append(end)
+        lines[0] = f"\n{lines[0]}"
+        written = filler.write(text, first, [LEAD, *lines, places[-1] + SPARE])
         items = []
         for key in random.sample(range(plan.keys), min(ASKED, plan.keys)):
             number = len(lines) - plan.keys + key
-            spoken = tokens_up_to(read, ends[number])
             for distance in places:
-                place = start_of(read, min(len(read), spoken + distance))
-                # Not before all facts were written, and not where a token ends in a character.
-                if place < ends[-1] or tokens_up_to(read, place) != spoken + distance:
-                    continue
+                place = written.after(number, distance)
+                if place is None or place < written.ends[-1]:
+                    continue  # not before all facts were written
                 choices = [*values]
                 random.shuffle(choices)
-                rivals = {"most recent": float(values[number] == written[-1])}
                 items.append(
                     Item(
                         place=place,
@@ -168,7 +117,7 @@ class KeyValues(Task):
                         answer=choices.index(values[number]),
                         before="\n" + before.format(name=names[key]),
                         after=after,
-                        rivals=rivals,
+                        rivals={"most recent": float(number == len(lines) - 1)},
                     )
                 )
-        return Sheet(pieces, tuple(items)) if items else None
+        return Sheet(written.pieces, tuple(items)) if items else None

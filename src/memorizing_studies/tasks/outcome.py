@@ -93,7 +93,8 @@ def overview(task: Task, rows: Sequence[Row]) -> Table:
 UNITS = {
     "accuracy": "Accuracy, %",
     "reciprocal rank": "Reciprocal rank (mean)",
-    "nats": "Loss of the right answer or part, nats (mean over items)",
+    "nats": "Loss, nats: of the right answer, or for each token of a part (mean over items)",
+    "perplexity": "Perplexity",
 }
 """Headings of the measures."""
 NOTE = (

@@ -37,6 +37,7 @@ class Request:
     model: str
     data: Sequence[str]
     control: str | None
+    reference: str | None
     out: str
     tasks: Sequence[str] | None
     items: str | None
@@ -85,14 +86,27 @@ def open_arms(request: Request) -> list[Arm]:
     if model.config.memory_layers and model.config.memory.size:
         arms = [Arm("memory on", model, segment), Arm("memory off", model, segment, 0)]
     if request.control is not None:
-        try:
-            control, segment = open_for_use(request.control, request.segment_length, None)
-        except ConfigError as error:
-            words = str(error).partition(": ")[2]
-            raise ConfigError("control", request.control, words) from error
-        place(control, request.device)
-        arms.append(Arm("control", control, segment))
+        arms.append(open_other(request, "control", request.control))
     return arms
+
+
+def open_other(request: Request, key: str, name: str) -> Arm:
+    """The control or the reference model.
+
+    Args:
+        request: where it shall compute, and so on.
+        key: the option that names it.
+        name: its value.
+
+    Raises:
+        ConfigError: where it cannot be opened.
+    """
+    try:
+        model, segment = open_for_use(name, request.segment_length, None)
+    except ConfigError as error:
+        raise ConfigError(key, name, str(error).partition(": ")[2]) from error
+    place(model, request.device)
+    return Arm(key, model, segment)
 
 
 def make_items(request: Request, texts: Texts, tokenizer: Any) -> ItemSet:
@@ -103,6 +117,11 @@ def make_items(request: Request, texts: Texts, tokenizer: Any) -> ItemSet:
             request.background, tokenizer, 2**62, 1, 2**62, request.text_column, "background"
         )
         texts.background = [hashes(text.tokens.ids) for text in others.texts]
+    if request.reference is not None:
+        texts.reference = open_other(request, "reference", request.reference)
+        if not texts.reference.model.config.memory_layers:
+            remedy = "has no memory, so no token gains by it; give a model with one"
+            raise ConfigError("reference", request.reference, remedy)
     tasks: dict[str, Sequence[Sheet]] = {}
     skipped = {"documents": dict(texts.skipped)}
     for name in request.tasks or TASKS:
@@ -213,6 +232,7 @@ def run(request: Request) -> None:
     facts = {
         "model": request.model,
         "control": request.control or "none",
+        "reference": request.reference or "none",
         "data": " ".join(request.data),
         "documents": len(texts.texts),
         "segment length": ", ".join(dict.fromkeys(str(arm.segment) for arm in arms)),

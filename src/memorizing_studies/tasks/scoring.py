@@ -29,12 +29,12 @@ class Score:
     """How well one item was answered."""
 
     right: float
-    """1 where the right candidate is the likeliest, or every token of a part; 0 where not. Equally
-    likely candidates share the 1."""
+    """1 where the right candidate is the likeliest, 0 where not; equally likely ones share the 1.
+    Of a part, the share of its tokens that are the likeliest."""
     nats: float
-    """Loss of the right candidate, or of the part, summed over its tokens."""
+    """Loss of the right candidate, summed over its tokens, or of a part, the mean of its tokens."""
     tokens: int
-    """Tokens that ``nats`` is the sum of."""
+    """Tokens that were looked at."""
     reciprocal_rank: float | None = None
     """1 / rank of the right candidate; None for a part."""
 
@@ -175,7 +175,7 @@ def score_items(
             for part, output in session.parts(ids[:, begin:until]):
                 end = begin + part.shape[1]
                 if begin + 1 < last_part:
-                    _note(losses, output.logits[0], ids[0], begin)
+                    note_losses(losses, output.logits[0], ids[0], begin)
                 last, begin = output.logits[:, -1], end
                 advance(part.shape[1])
         if number is not None and last is not None:
@@ -184,8 +184,8 @@ def score_items(
             count = len(choice.candidates[answer]) - choice.unscored
             scores[number] = rate(found, answer, count)
     for number, (first, stop) in parts.items():
-        right = float(losses[1, first:stop].min())
-        scores[number] = Score(right, float(losses[0, first:stop].sum()), stop - first)
+        nats, right = losses[:, first:stop].mean(1).tolist()
+        scores[number] = Score(right, nats, stop - first)
     return [scores[number] for number in range(len(items))]
 
 
@@ -197,7 +197,7 @@ def _part(tokens: TokenizedText, item: Item) -> tuple[int, int]:
     return first, max(first + 1, tokens_up_to(tokens, item.end))
 
 
-def _note(losses: NDArray[np.float64], logits: Tensor, ids: Tensor, begin: int) -> None:
+def note_losses(losses: NDArray[np.float64], logits: Tensor, ids: Tensor, begin: int) -> None:
     """Note the loss of each token that logits (m, V) predict, and whether it was the likeliest."""
     targets = ids[begin + 1 : begin + 1 + len(logits)]
     logits = logits[: len(targets)].float()

@@ -5,6 +5,7 @@ Shapes: I items.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class Row:
     x: int | None
     """Place on the axis of the task; None for all places together."""
     measure: str
-    """``accuracy``, ``reciprocal rank``, or ``nats`` for each item."""
+    """``accuracy``, ``reciprocal rank``, ``nats`` for each item, or ``perplexity``."""
     arm: str
     """What was measured: an arm, a difference of two (``a - b``), a simple rule, or chance."""
     items: int
@@ -93,6 +94,16 @@ def summarize(task: str, items: Sequence[Item], scores: Mapping[str, Sequence[Sc
     return rows
 
 
+def _exponentials(
+    mean: float, low: float | None, high: float | None
+) -> tuple[float, float | None, float | None]:
+    return (
+        math.exp(mean),
+        None if low is None else math.exp(low),
+        None if high is None else math.exp(high),
+    )
+
+
 def _natural(name: str) -> tuple[object, ...]:
     """A key that sorts numbers in names by their size."""
     first = name.split(" ")[0]
@@ -116,9 +127,15 @@ def _rows(items: Sequence[Item], scores: Mapping[str, Sequence[Score]]) -> Itera
         for arm, own in values.items():
             yield measure, arm, len(own), *mean_with_interval(own, counted)
         first, *others = values
+        if measure == "nats" and not any(item.candidates for item in items):
+            for arm, own in values.items():
+                figures = mean_with_interval(own, False)
+                yield "perplexity", arm, len(own), *_exponentials(*figures)
         for other in others:
             difference = mean_with_interval(values[first] - values[other], False)
             yield measure, f"{first} - {other}", len(items), *difference
+    if not any(item.chance for item in items):
+        return
     rules = {rule for item in items for rule in item.rivals}
     for rule in sorted(rules):
         right = np.array([item.rivals.get(rule, 0.0) for item in items])

@@ -20,6 +20,8 @@ class Syntax:
     """What occurs in such a document, and hardly in others."""
     fact: tuple[str, str]
     """What stands before and after the value of a fact; ``{name}`` in the first part."""
+    reference: str
+    """What stands for the value of the fact ``{name}`` in another fact."""
     function: str
     """The definition of a function of two arguments, ``{name}``."""
     call: tuple[str, str]
@@ -33,6 +35,7 @@ SYNTAXES = (
         "latex",
         re.compile(r"\\(?:begin|label|ref|section)\{"),
         (r"\newcommand{{\{name}}}{{", "}\n"),
+        "\\{name}",
         "\\newcommand{{\\{name}}}[2]{{#1 \\to #2}}\n",
         ("$\\{name}{{", "}$\n"),
         "}{",
@@ -41,6 +44,7 @@ SYNTAXES = (
         "isabelle",
         re.compile(r"\\<[A-Za-z]+>|\b(?:lemma|theory|by \()"),
         ('abbreviation "{name} \\<equiv> ', '"\n'),
+        "{name}",
         'definition "{name} x y = f x y"\n',
         ('term "{name} ', '"\n'),
         " ",
@@ -49,6 +53,7 @@ SYNTAXES = (
         "code",
         re.compile(r"^\s*(?:def|class|import|from|fn|func|static|return)\b|[;{]$", re.M),
         ("{name} = ", "\n"),
+        "{name}",
         "def {name}(first, second):\n    return first.join(second)\n",
         ("{name}(", ")\n"),
         ", ",
@@ -57,6 +62,7 @@ SYNTAXES = (
         "prose",
         re.compile(r"(?!)"),
         ("The number of {name} is ", ".\n"),
+        "the number of {name}",
         "Whoever calls {name} brings two things.\n",
         ("They called {name} with ", ".\n"),
         " and ",

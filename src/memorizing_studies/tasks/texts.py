@@ -65,6 +65,8 @@ class Texts:
     """How many documents were skipped, by the reason."""
     background: list[NDArray[np.uint64]] = field(default_factory=list)
     """Hashes of other texts, of ``far_copies.hashes``: what is found there is boilerplate."""
+    reference: Any = None
+    """The arm of the model that key tokens are found with, or None."""
     notes: list[str] = field(default_factory=list)
     """Lines of the sources about what they left out."""
 
