@@ -17,7 +17,7 @@ from memorizing_transformers.__main__ import main
 
 SMALL = ["--questions", 8, "--min_distance", 48, "--max_tokens", 1024, "--candidates", 5,
          "--segment_length", 64, "--max_documents", 4]  # fmt: skip
-NASTY = "<script>alert(1)</script>|"
+NASTY = "<script>alert(1)<|"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
@@ -42,8 +42,8 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three documents to be used, and five that cannot be."""
-    path = tmp_path_factory.mktemp("data") / "texts.jsonl.gz"
-    good = {f"sets {NASTY}": latex(0, 4), "code": code(0), "proofs": isabelle(0)}
+    path = tmp_path_factory.mktemp("data") / f"{NASTY}.jsonl.gz"
+    good = {"sets": latex(0, 4), "code": code(0), "proofs": isabelle(0)}
     bad = ["", " \n ", "short", "binary \0" * 90, "x" * 200_000]
     records = [{"title": name, "text": text} for name, text in good.items()]
     records = [{"title": f"bad {n}", "text": text} for n, text in enumerate(bad)] + records
@@ -94,6 +94,7 @@ def test_a_run_gives_tables_plots_and_a_page(
     page = (out / "index.html").read_text("utf-8")
     assert page.count("data:image/svg+xml;base64,") == len(names)
     assert "<script" not in page
+    assert "&lt;script&gt;" in page
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     tags = events.Tags()
