@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from examples import small_model
 from task_texts import SETTINGS, bpe, code, latex, texts_of
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from memorizing_studies.tasks.continuations import Encoder
 from memorizing_studies.tasks.items import Item
 from memorizing_studies.tasks.scoring import Arm, rate, score_items
 from memorizing_studies.tasks.suite import TASKS
-from memorizing_transformers import MemorizingTransformer
+from memorizing_transformers import MemorizingTransformer, memorize
 from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 
 SEGMENT = 16
@@ -28,6 +28,14 @@ def copying_model(**settings: Any) -> MemorizingTransformer:
     memory = {"size": 512, "top_k": 4, "layers": [-1], "copy": ["neighbours", "repeats"]}
     fields = {"d_model": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 256, "xl_cache": 8}
     return MemorizingTransformer(**{**fields, **settings}, memory=memory).eval()
+
+
+def pretrained_model() -> Any:
+    """A small model of transformers that was given a memory."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=2, **sizes))
+    return memorize(base, {"size": 512, "top_k": 4}, [1], xl_cache=8).eval()
 
 
 def items_of(name: str, text: str, tokenizer: Any = None) -> tuple[str, list[Item]]:
@@ -54,13 +62,14 @@ def read_whole(arm: Arm, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [None, 0])
-@pytest.mark.parametrize("make", [copying_model, lambda: small_model(xl_cache=8, size=512)])
+@pytest.mark.parametrize("make", [copying_model, pretrained_model])
 def test_a_choice_is_scored_as_if_the_text_were_read_anew(make: Any, size: int | None) -> None:
     arm = Arm("arm", make(), SEGMENT, size)
     text, items = items_of("label-recall", latex(0, 3)[:1000])
     encoder = Encoder(byte_tokenizer())
     assert len(items) >= 3
-    for item, score in zip(items, score_items(arm, encoder, text, items), strict=True):
+    scores = score_items(arm, encoder, text, items)
+    for item, score in zip(items[::2], scores[::2], strict=True):
         before = text[: item.place].encode()
         expected = []
         for candidate in item.candidates:

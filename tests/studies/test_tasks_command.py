@@ -11,9 +11,11 @@ import pytest
 from examples import small_model
 from task_texts import code, isabelle, latex
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from memorizing_studies.tasks.suite import TASKS
 from memorizing_transformers.__main__ import main
+from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 
 SMALL = ["--questions", 8, "--min_distance", 48, "--max_tokens", 1024, "--candidates", 5,
          "--segment_length", 64, "--max_documents", 4]  # fmt: skip
@@ -102,10 +104,24 @@ def test_a_run_gives_tables_plots_and_a_page(
     assert {*tags["images"]} == names
 
 
+def test_a_pretrained_model_is_given_a_memory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    call(monkeypatch, "--model", tmp_path / "base", "--data", data, "--out", tmp_path / "out",
+         "--tasks", "label-recall", "--memory_size", 2048, *SMALL)  # fmt: skip
+    arms = {row["arm"] for row in rows_of(tmp_path / "out")}
+    assert {"memory on", "memory off", "memory on - memory off"} <= arms
+
+
 def test_two_models_see_the_same_items(
     model: Path, control: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = ["--tasks", "label-recall", "key-values"]
+    some = ["--tasks", "label-recall"]
     for name, one in (("first", model), ("second", control)):
         out = tmp_path / name
         call(monkeypatch, "--model", one, "--data", data, "--out", out, *some, *SMALL)

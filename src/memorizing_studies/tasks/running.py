@@ -6,11 +6,19 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from memorizing_transformers.data.sources.documents import first_line
 from memorizing_transformers.data.tokens.tokenizers import fingerprint_tokenizer
@@ -168,18 +176,20 @@ def score_all(
     found: dict[str, dict[str, dict[int, Score]]] = {
         name: {arm.name: {} for arm in arms} for name in items.tasks
     }
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TextColumn("items"), TimeRemainingColumn())  # fmt: skip
+    total = sum(max(max(i.place, i.end) for _, _, i in asked) for asked in merged.values())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for arm in arms:
             encoder = Encoder(arm.model.tokenizer)
-            total = sum(map(len, merged.values()))
             bar = progress.add_task(arm.name, total=total)
             for pieces, asked in merged.items():
-                scores = score_items(arm, encoder, texts.join(pieces), [one[2] for one in asked])
+                advance = partial(progress.advance, bar)
+                own = [item for _, _, item in asked]
+                scores = score_items(arm, encoder, texts.join(pieces), own, advance)
                 for (name, number, _), score in zip(asked, scores, strict=True):
                     found[name][arm.name][number] = score
-                progress.advance(bar, len(asked))
+            progress.update(bar, completed=total)
     return {
         name: {arm: [of[n] for n in sorted(of)] for arm, of in by_arm.items()}
         for name, by_arm in found.items()

@@ -156,7 +156,7 @@ def score_items(
         encoder: of the arm's tokenizer.
         text: the text.
         items: in any order.
-        advance: is told how many tokens were read, each time.
+        advance: is told how many characters were read, each time.
     """
     tokens = encoder.text(text)
     scores: dict[int, Score] = {}
@@ -177,7 +177,7 @@ def score_items(
                 if begin + 1 < last_part:
                     note_losses(losses, output.logits[0], ids[0], begin)
                 last, begin = output.logits[:, -1], end
-                advance(part.shape[1])
+                advance(start_of(tokens, end) - start_of(tokens, end - part.shape[1]))
         if number is not None and last is not None:
             choice, answer = choices[number], items[number].answer
             found = score_candidates(session, last, choice.candidates, choice.unscored)
