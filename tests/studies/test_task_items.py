@@ -137,7 +137,8 @@ def test_the_latest_value_is_right_and_all_values_are_there() -> None:
 def test_copies_are_found_where_they_are() -> None:
     far = "the quick brown fox jumps over"
     other = "".join(chr(33 + n * 7 % 90) for n in range(90))
-    text = f"{far} 1 {other} {far} 2 {other}"
+    near = 2 * "".join(chr(33 + n * 11 % 90) for n in range(45))
+    text = f"{far} 1 {other} {far} 2 {other} {near}"
     found, _ = build("far-copies", texts_of(text), replace(SETTINGS, questions=10_000))
     places = {item.place: item for _, item in found}
     again = text.index(far, 1)

@@ -17,7 +17,7 @@ from memorizing_studies.tasks.items import Item
 from memorizing_studies.tasks.scoring import Arm, rate, score_items
 from memorizing_studies.tasks.suite import TASKS
 from memorizing_transformers import MemorizingTransformer, memorize
-from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
+from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer, train_bpe
 
 SEGMENT = 16
 
@@ -99,11 +99,10 @@ def test_nothing_after_a_place_changes_a_score(name: str, tokenizer: Any) -> Non
 def test_each_item_is_scored_as_it_is_alone() -> None:
     """Asking one item leaves no trace in what is read for the next one."""
     arm = Arm("arm", copying_model(), SEGMENT)
-    document = latex(0, 3)[:1000]
-    text, items = items_of("label-recall", document)
-    _, parts = items_of("far-copies", document)
+    text, items = items_of("key-values", latex(0, 3)[:700])
+    parts = [Item(place=n, end=n + 9, x=0, distance=0, chance=0.0) for n in range(9, 200, 60)]
     encoder = Encoder(byte_tokenizer())
-    mixed = [*items, *parts[::20]]
+    mixed = [*items, *parts]
     for item, score in zip(mixed, score_items(arm, encoder, text, mixed), strict=True):
         (alone,) = score_items(arm, encoder, text, [item])
         assert alone.nats == pytest.approx(score.nats, abs=1e-3)
@@ -189,6 +188,16 @@ def test_candidates_are_encoded_as_they_would_stand_in_the_text(tokenizer: Any) 
                     *tokens.ids[: choice.start],
                     *ids,
                 ]
+
+
+def test_candidates_begin_where_a_token_ends_for_all_of_them() -> None:
+    tokenizer = train_bpe(["() () () () (a (b f f"], 300)
+    encoder = Encoder(tokenizer)
+    text = "f(a)"
+    item = Item(place=2, x=0, distance=0, chance=0.5, candidates=(")", "a"))
+    choice = encoder.choice(encoder.text(text), item)
+    assert choice.start == 1
+    assert [tokenizer.decode(ids) for ids in choice.candidates] == ["()", "(a"]
 
 
 def test_text_before_the_candidates_is_not_scored() -> None:
