@@ -89,6 +89,13 @@ def test_rivals_are_the_last_and_the_most_frequent_name() -> None:
     ]
 
 
+def test_lemmas_are_those_of_isabelle() -> None:
+    text = "Theorem theorem A1x holds by using A1x\n" + "\\begin{proof} word \n" * 20
+    found, skipped = build("lemma-recall", texts_of(text * 3))
+    assert not found
+    assert skipped == {"no lemma is used": 1}
+
+
 def test_the_right_candidate_stays_where_there_are_too_many() -> None:
     few = replace(SETTINGS, candidates=4)
     found, _ = build("label-recall", texts_of(latex(0)), few)

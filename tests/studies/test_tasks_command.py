@@ -203,7 +203,16 @@ def test_saved_items_are_of_the_same_documents(
         (["--data", data, "--tasks", "key-values"], "tasks = 'key-values'"),
     ):
         with pytest.raises(SystemExit):
-            call(monkeypatch, "--model", model, "--items", tmp_path / "items.json", *args)
+            call(
+                monkeypatch,
+                "--model",
+                model,
+                "--items",
+                tmp_path / "items.json",
+                "--out",
+                tmp_path / "again",
+                *args,
+            )
         assert named in capsys.readouterr().err
 
 

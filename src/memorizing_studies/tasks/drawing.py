@@ -51,7 +51,8 @@ def _panel(panel: Axes, rows: Sequence[Row]) -> None:
     at = {x: number for number, x in enumerate(places)}
     for number, arm in enumerate(dict.fromkeys(row.arm for row in rows)):
         own = [row for row in rows if row.arm == arm]
-        xs = [at[row.x] for row in own if row.x is not None]
+        # Side by side, so that no interval hides another one.
+        xs = [at[row.x] + 0.06 * number for row in own if row.x is not None]
         values = [row.value for row in own]
         if arm == CHANCE:
             panel.plot(xs, values, ":", color="gray", label=arm)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from .continuations import tokens_before, tokens_up_to
 from .items import Item, Sheet
+from .syntax import syntax_of
 from .task import Settings, Task, drawn_evenly
 from .texts import Text, Texts
 
@@ -138,6 +139,8 @@ class NameRecall(Task):
     naming: ClassVar[Naming]
     lacks: ClassVar[str]
     """The reason why a document is skipped."""
+    syntax: ClassVar[str | None] = None
+    """Documents of another syntax are skipped; None for none."""
 
     def build(
         self, texts: Texts, settings: Settings, random: Random, skipped: Counter[str]
@@ -145,7 +148,8 @@ class NameRecall(Task):
         """Uses of names at all distances, from all documents."""
         found = []
         for text in texts.texts:
-            own = [*uses(text, self.naming)]
+            fits = self.syntax in (None, syntax_of(text.tokens.text).name)
+            own = [*uses(text, self.naming)] if fits else []
             skipped[self.lacks] += not own
             far = [use for use in map(measured, own) if use.distance >= settings.min_distance]
             skipped["no name comes back from far enough"] += bool(own) and not far
@@ -226,3 +230,4 @@ class LemmaRecall(NameRecall):
     shows = "In a proof, the lemma that is used is ranked among all lemmas that were stated before."
     naming = LEMMAS
     lacks = "no lemma is used"
+    syntax = "isabelle"  # LaTeX has lemmas too

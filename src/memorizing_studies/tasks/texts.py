@@ -92,13 +92,8 @@ class Texts:
         return "".join(parts)
 
 
-def fault_of(text: str, least: int) -> str | None:
-    """Why a document is skipped; None where it can be used.
-
-    Args:
-        text: its first characters.
-        least: characters that it must have; a token has at least one.
-    """
+def fault_of(text: str) -> str | None:
+    """Why a text cannot be used, however long it is; None where it can."""
     if not text.strip():
         return "empty"
     if "\0" in text:
@@ -110,7 +105,7 @@ def fault_of(text: str, least: int) -> str | None:
         longest, begin = max(longest, end - begin), end + 1
     if longest > LONGEST_LINE:
         return f"a line of more than {LONGEST_LINE:,} characters"
-    return "too short" if len(text) < least else None
+    return None
 
 
 def open_texts(
@@ -143,7 +138,7 @@ def open_texts(
             source = open_files(Origin(key, file), text_column, "file")
             for name, text in source.documents(lambda _: found.has_room(most_documents)):
                 # The whole text, since a longest line may lie behind what is looked at.
-                fault = fault_of(text, least_tokens)
+                fault = fault_of(text)
                 names[name] += 1
                 name = name if names[name] == 1 else f"{name} ({names[name]})"
                 one = Text(name, text[: most_tokens * CHARACTERS_PER_TOKEN], tokenizer, most_tokens)
