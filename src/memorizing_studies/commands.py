@@ -174,9 +174,83 @@ def serve(
     run(served, host, port, max_upload)
 
 
+def tasks(
+    model: str,
+    data: list[str] | None = None,
+    control: str | None = None,
+    reference: str | None = None,
+    out: str = "tasks",
+    tasks: list[str] | None = None,
+    items: str | None = None,
+    background: list[str] | None = None,
+    seed: int = 0,
+    questions: int = 200,
+    candidates: int = 128,
+    min_distance: int = 256,
+    max_tokens: int = 65536,
+    max_documents: int = 16,
+    text_column: str = "text",
+    segment_length: int | None = None,
+    memory_size: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Show what a memory finds: names, facts and copies from far back, by distance.
+
+    Each task is scored with the memory, with the memory switched off, and for the control. The
+    folder holds the tables, a plot for each task, one page and the items.
+
+    Example: python -m memorizing_transformers tasks --model MODEL --control CONTROL --data x.jsonl
+
+    Args:
+        model: A checkpoint, a folder of export, or the folder or hub name of a pretrained model.
+        data: Documents: text files, folders, or records as JSON lines or Parquet.
+        control: A model trained without memory, to compare with.
+        reference: A model with memory that finds the tokens of the task key-tokens; the same one
+            for all models that are compared. Default: the task is left out.
+        out: Folder for the results.
+        tasks: Names of the tasks. Default: all.
+        items: The items.json of an earlier run with the same data. Default: items are made.
+        background: Texts of the training, so that boilerplate is known. Default: other documents.
+        seed: Seed of all that is drawn.
+        questions: Choices of each task, at most about so many.
+        candidates: Candidates of a choice, at most.
+        min_distance: Tokens of the model, the shortest distance.
+        max_tokens: Tokens of a document that are looked at.
+        max_documents: Documents that are looked at.
+        text_column: Column of records that holds the text.
+        segment_length: Tokens that are read at once. Default: as in training, else the length of
+            the XL cache, else 512.
+        memory_size: Slots of each memory. Default: as in training.
+        device: Where to compute. Default: a GPU where there is one.
+    """
+    from .tasks.running import Request, run
+    from .tasks.task import Settings
+
+    settings = Settings(seed, questions, candidates, min_distance, max_tokens)
+    run(
+        Request(
+            model,
+            data or [],
+            control,
+            reference,
+            out,
+            tasks,
+            items,
+            background or [],
+            settings,
+            max_documents,
+            text_column,
+            segment_length,
+            memory_size,
+            device,
+        )
+    )
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "ablate": ablate,
     "suffix-cache": suffix_cache,
     "serve": serve,
+    "tasks": tasks,
 }

@@ -92,6 +92,8 @@ OURS: dict[str, list[str]] = {
                   "model/tokenizer/tokenizer.json"],
     "a large export": ["model/config.json", "model/model-00001-of-00002.safetensors",
                        "model/model.safetensors.index.json"],
+    "tasks": ["out/table.md", "out/table.csv", "out/table.json", "out/items.json",
+              "out/scores.json", "out/index.html", "out/tensorboard/events.out.tfevents.1"],
     "a report": ["report/index.html", "report/tokens.jsonl"],
     "an unfinished store": ["old/0123456789abcdef.tmp-x1/train.tokens.bin",
                             "old/0123456789abcdef.tmp-x1/tokenizer/tokenizer.json"],

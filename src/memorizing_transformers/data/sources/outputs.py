@@ -16,6 +16,8 @@ EVENTS = "events.out.tfevents.*"
 RUN_FILES = (EVENTS, "hparams.yaml", "config.yaml", "metrics.csv", "report.json", "checkpoints")
 PREDICTIONS = ("predictions*.parquet", "documents*.parquet")
 TABLES = ("table.md", "table.csv", "trials.csv", "plot.png", "tensorboard")
+TASKS = ("table.md", "table.json", "items.json", "scores.json", "index.html", "table.csv", "*.png",
+         "tensorboard")  # fmt: skip
 MEMORIZED = ("memorized.json", "memory.safetensors", "tokenizer")
 MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "tokenizer", "README.md")
 EVERYTHING = ("*",)
@@ -48,6 +50,7 @@ RULES = (
     Rule("*", ("metrics.csv", "hparams.yaml"), RUN_FILES),
     Rule("*", ("predictions.parquet", "documents.parquet"), PREDICTIONS),
     Rule("*", TABLES[:3], TABLES),
+    Rule("*", TASKS[:4], TASKS),
     Rule("*", ("index.html", "tokens.jsonl"), ("index.html", "tokens.jsonl")),
     Rule("*", ("config.json", "model*.safetensors"), MODEL),
     Rule("*", MEMORIZED[:2], MEMORIZED),

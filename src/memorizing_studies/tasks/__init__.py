@@ -1,0 +1,1 @@
+"""Long-range tasks: what a memory finds, by distance."""

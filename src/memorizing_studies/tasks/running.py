@@ -1,0 +1,277 @@
+"""``python -m memorizing_transformers tasks``: from a model and documents to tables and plots."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from memorizing_transformers.data.sources.documents import first_line
+from memorizing_transformers.data.tokens.tokenizers import fingerprint_tokenizer
+from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.training.checkpoint.opening import open_for_use, place
+
+from .continuations import Encoder
+from .far_copies import hashes
+from .items import Item, ItemSet, Piece, Sheet, load, save
+from .outcome import Outcome, overview, write_outcome
+from .scoring import Arm, Score, score_items
+from .suite import TASKS
+from .summary import summarize
+from .task import Settings
+from .texts import Texts, open_texts
+
+ITEMS, SCORES = "items.json", "scores.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was asked for; its help describes the options."""
+
+    model: str
+    data: Sequence[str]
+    control: str | None
+    reference: str | None
+    out: str
+    tasks: Sequence[str] | None
+    items: str | None
+    background: Sequence[str]
+    settings: Settings
+    max_documents: int
+    text_column: str
+    segment_length: int | None
+    memory_size: int | None
+    device: str | None
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is opened.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if not self.data:
+            raise ConfigError("data", None, "give at least one file of documents")
+        for name in self.tasks or ():
+            if name not in TASKS:
+                raise ConfigError("tasks", name, f"must be among {', '.join(TASKS)}")
+        for key, least in (("questions", 1), ("candidates", 2), ("min_distance", 1)):
+            value = getattr(self.settings, key)
+            if value < least:
+                raise ConfigError(key, value, f"must be at least {least}")
+        if self.max_documents < 1:
+            raise ConfigError("max_documents", self.max_documents, "must be at least 1")
+        least, given = 2 * self.settings.min_distance, self.settings.max_tokens
+        if given < least:
+            remedy = f"must be at least twice min_distance ({least})"
+            raise ConfigError("max_tokens", given, remedy)
+
+
+def open_arms(request: Request) -> list[Arm]:
+    """The model with its memory, without it, and the control.
+
+    A model without memory is read once, as ``no memory``.
+
+    Raises:
+        ConfigError: where a model cannot be opened.
+    """
+    model, segment = open_for_use(request.model, request.segment_length, request.memory_size)
+    place(model, request.device)
+    arms = [Arm("no memory", model, segment)]
+    if model.config.memory_layers and model.config.memory.size:
+        arms = [Arm("memory on", model, segment), Arm("memory off", model, segment, 0)]
+    if request.control is not None:
+        arms.append(open_other(request, "control", request.control))
+    return arms
+
+
+def open_other(request: Request, key: str, name: str) -> Arm:
+    """The control or the reference model.
+
+    Args:
+        request: where it shall compute, and so on.
+        key: the option that names it.
+        name: its value.
+
+    Raises:
+        ConfigError: where it cannot be opened.
+    """
+    try:
+        model, segment = open_for_use(name, request.segment_length, None)
+    except ConfigError as error:
+        raise ConfigError(key, name, str(error).partition(": ")[2]) from error
+    place(model, request.device)
+    return Arm(key, model, segment)
+
+
+def make_items(request: Request, texts: Texts, tokenizer: Any) -> ItemSet:
+    """The items of all tasks that were asked for."""
+    settings = request.settings
+    if request.background:
+        others = open_texts(
+            request.background, tokenizer, 2**62, 1, 2**62, request.text_column, "background"
+        )
+        texts.background = [hashes(text.tokens.ids) for text in others.texts]
+    if request.reference is not None:
+        texts.reference = open_other(request, "reference", request.reference)
+        if not texts.reference.model.config.memory_layers:
+            remedy = "has no memory, so no token gains by it; give a model with one"
+            raise ConfigError("reference", request.reference, remedy)
+    tasks: dict[str, Sequence[Sheet]] = {}
+    skipped = {"documents": dict(texts.skipped)}
+    for name in request.tasks or TASKS:
+        reasons: Counter[str] = Counter()
+        tasks[name] = TASKS[name].build(texts, settings, settings.random(name), reasons)
+        skipped[name] = {reason: count for reason, count in reasons.items() if count}
+    facts = {**asdict(settings), "tokenizer": fingerprint_tokenizer(tokenizer)}
+    return ItemSet(tasks, skipped, facts, texts.digests())
+
+
+def saved_items(request: Request, known: ItemSet, texts: Texts) -> ItemSet:
+    """Items of an earlier run, of the same documents.
+
+    Raises:
+        ConfigError: where documents are missing or differ, or a task is not in the file.
+    """
+    assert request.items is not None
+    digests = texts.digests()
+    for name, digest in known.digests.items():
+        if digests.get(name) != digest:
+            remedy = f"asks about document {name!r}, which --data does not hold or holds otherwise"
+            raise ConfigError("items", request.items, remedy)
+    names = request.tasks or [*known.tasks]
+    for name in names:
+        if name not in known.tasks or name not in TASKS:
+            raise ConfigError("tasks", name, f"is not in {request.items}; leave it out")
+    return ItemSet(
+        {name: known.tasks[name] for name in names}, known.skipped, known.settings, known.digests
+    )
+
+
+def score_all(
+    arms: Sequence[Arm], items: ItemSet, texts: Texts
+) -> dict[str, dict[str, list[Score]]]:
+    """By task and arm the scores of all items; a text of several tasks is read once for all."""
+    # By the pieces of a text: of each of its items the task, the number there, and itself.
+    merged: dict[tuple[Piece, ...], list[tuple[str, int, Item]]] = {}
+    for name, sheets in items.tasks.items():
+        number = 0
+        for sheet in sheets:
+            for item in sheet.items:
+                merged.setdefault(sheet.pieces, []).append((name, number, item))
+                number += 1
+    found: dict[str, dict[str, dict[int, Score]]] = {
+        name: {arm.name: {} for arm in arms} for name in items.tasks
+    }
+    total = sum(max(max(i.place, i.end) for _, _, i in asked) for asked in merged.values())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for arm in arms:
+            encoder = Encoder(arm.model.tokenizer)
+            bar = progress.add_task(arm.name, total=total)
+            for pieces, asked in merged.items():
+                advance = partial(progress.advance, bar)
+                own = [item for _, _, item in asked]
+                scores = score_items(arm, encoder, texts.join(pieces), own, advance)
+                for (name, number, _), score in zip(asked, scores, strict=True):
+                    found[name][arm.name][number] = score
+            progress.update(bar, completed=total)
+    return {
+        name: {arm: [of[n] for n in sorted(of)] for arm, of in by_arm.items()}
+        for name, by_arm in found.items()
+    }
+
+
+def run(request: Request) -> None:
+    """Do what the command says.
+
+    Raises:
+        UserError: where an option cannot work.
+    """
+    request.check()
+    known = None if request.items is None else load(Path(request.items))
+    arms = open_arms(request)
+    tokenizer = arms[0].model.tokenizer
+    settings = request.settings
+    if known is not None:
+        names = set(asdict(settings))
+        settings = Settings(**{k: v for k, v in known.settings.items() if k in names})
+    texts = open_texts(
+        request.data,
+        tokenizer,
+        settings.max_tokens,
+        2 * settings.min_distance,
+        request.max_documents,
+        request.text_column,
+    )
+    if not texts.texts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in texts.skipped.items())
+        remedy = f"no document can be used ({reasons or 'there is none'}); give longer texts"
+        raise ConfigError("data", " ".join(request.data), remedy)
+    items = (
+        make_items(request, texts, tokenizer)
+        if known is None
+        else saved_items(request, known, texts)
+    )
+    asked = {name: [i for s in sheets for i in s.items] for name, sheets in items.tasks.items()}
+    if not any(asked.values()):
+        remedy = (
+            "no task finds an item in these documents; give longer ones or a smaller min_distance"
+        )
+        raise ConfigError("data", " ".join(request.data), remedy)
+    out = _folder(request.out)
+    save(items, out / ITEMS)
+    scores = score_all(arms, items, texts)
+    whole = {n: {a: [asdict(s) for s in of] for a, of in by.items()} for n, by in scores.items()}
+    (out / SCORES).write_text(json.dumps(whole), "utf-8")
+    rows = [row for name, own in asked.items() if own for row in summarize(name, own, scores[name])]
+    facts = {
+        "model": request.model,
+        "control": request.control or "none",
+        "reference": request.reference or "none",
+        "data": " ".join(request.data),
+        "documents": len(texts.texts),
+        "segment length": ", ".join(dict.fromkeys(str(arm.segment) for arm in arms)),
+        "memory size": arms[0].model.config.memory.size if arms[0].name == "memory on" else 0,
+        **{key.replace("_", " "): value for key, value in asdict(settings).items()},
+    }
+    tasks = [TASKS[name] for name, own in asked.items() if own]
+    outcome = Outcome(facts, tasks, rows, items.skipped)
+    write_outcome(outcome, out)
+    for task in tasks:
+        Console().print(overview(task, outcome.of(task)))
+    for line in [*texts.notes, *outcome.skips()]:
+        print(line)
+    print(f"results: {out / 'index.html'}")
+
+
+def _folder(out: str) -> Path:
+    """The folder to write to.
+
+    Raises:
+        ConfigError: where nothing can be written there.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / ".partial"
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        remedy = f"cannot be written to ({first_line(error)}); give another folder"
+        raise ConfigError("out", out, remedy) from error
+    return folder

@@ -1,0 +1,160 @@
+"""The documents that items are made of: those that are long enough and not hostile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memorizing_transformers.data.sources.documents import Origin, readable
+from memorizing_transformers.data.sources.local import open_files
+from memorizing_transformers.data.tokens.tokenized_text import TokenizedText, tokenize
+from memorizing_transformers.errors import ConfigError
+
+from .items import Piece, digest_of
+
+LONGEST_LINE = 100_000
+"""Characters of a line; a document with a longer one is skipped."""
+CHARACTERS_PER_TOKEN = 16
+"""So many characters of a document are looked at for each token that is wanted."""
+
+
+@dataclass
+class Text:
+    """A document, cut to the tokens that are looked at."""
+
+    name: str
+    text: str
+    tokenizer: Any
+    most: int
+    """Tokens, at most."""
+
+    @cached_property
+    def tokens(self) -> TokenizedText:
+        """Its tokens."""
+        whole = tokenize(self.tokenizer, self.text)
+        if len(whole) <= self.most:
+            return whole
+        end = int(whole.ends[self.most - 1])
+        count = int(np.searchsorted(whole.ends, end, side="right"))
+        return TokenizedText(self.text[:end], whole.ids[:count], whole.ends[:count])
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All of it."""
+        return (Piece(self.name, 0, len(self.tokens.text)),)
+
+    def part(self, first: int, last: int) -> Piece:
+        """The part from token ``first`` to the one before token ``last``."""
+        ends = self.tokens.ends
+        begin = int(ends[first - 1]) if first else 0
+        return Piece(self.name, begin, int(ends[last - 1]))
+
+
+@dataclass
+class Texts:
+    """The documents of a run."""
+
+    texts: list[Text]
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How many documents were skipped, by the reason."""
+    background: list[NDArray[np.uint64]] = field(default_factory=list)
+    """Hashes of other texts, of ``far_copies.hashes``: what is found there is boilerplate."""
+    reference: Any = None
+    """The arm of the model that key tokens are found with, or None."""
+    notes: list[str] = field(default_factory=list)
+    """Lines of the sources about what they left out."""
+
+    def has_room(self, most: int) -> bool:
+        """Whether another document is wanted; counts those that are not."""
+        if len(self.texts) < most:
+            return True
+        self.skipped["more than max_documents"] += 1
+        return False
+
+    def digests(self) -> dict[str, str]:
+        """By name, a digest of each document."""
+        return {text.name: digest_of(text.text) for text in self.texts}
+
+    def join(self, pieces: Sequence[Piece]) -> str:
+        """The text of pieces.
+
+        Raises:
+            KeyError: where a document is not there.
+        """
+        known = {text.name: text.text for text in self.texts}
+        parts = [known[p.document][p.begin : p.end] if p.document else p.text for p in pieces]
+        return "".join(parts)
+
+
+def fault_of(text: str) -> str | None:
+    """Why a text cannot be used, however long it is; None where it can."""
+    if not text.strip():
+        return "empty"
+    if "\0" in text:
+        return "binary"
+    longest, begin = 0, 0
+    while begin < len(text):
+        end = text.find("\n", begin)
+        end = len(text) if end < 0 else end
+        longest, begin = max(longest, end - begin), end + 1
+    if longest > LONGEST_LINE:
+        return f"a line of more than {LONGEST_LINE:,} characters"
+    return None
+
+
+def open_texts(
+    files: Sequence[str],
+    tokenizer: Any,
+    most_tokens: int,
+    least_tokens: int,
+    most_documents: int,
+    text_column: str = "text",
+    key: str = "data",
+) -> Texts:
+    """The documents of files.
+
+    Args:
+        files: text files, folders, globs, or records as JSON lines or Parquet.
+        tokenizer: that of the model.
+        most_tokens: tokens of a document that are looked at.
+        least_tokens: tokens that a document must have.
+        most_documents: documents; the others are counted as skipped.
+        text_column: column of records that holds the text.
+        key: option to name in errors.
+
+    Raises:
+        ConfigError: where a file cannot be read.
+    """
+    found = Texts([])
+    names: Counter[str] = Counter()
+    for file in files:
+        try:
+            source = open_files(Origin(key, file), text_column, "file")
+            for name, text in source.documents(lambda _: found.has_room(most_documents)):
+                # The whole text, since a longest line may lie behind what is looked at.
+                fault = fault_of(text)
+                names[name] += 1
+                name = name if names[name] == 1 else f"{name} ({names[name]})"
+                one = Text(name, text[: most_tokens * CHARACTERS_PER_TOKEN], tokenizer, most_tokens)
+                if fault is None and len(one.tokens) < least_tokens:
+                    fault = "too short"
+                if fault is None:
+                    found.texts.append(one)
+                else:
+                    found.skipped[fault] += 1
+        except ConfigError as error:
+            raise ConfigError(key, file, _words(error)) from error
+        found.notes += source.report()
+    return found
+
+
+def _words(error: ConfigError) -> str:
+    """The remedy of an error of the data room, with the names of this command's options."""
+    words = str(error).removeprefix(f"{error.key} = {error.value!r}: ")
+    return readable(words).replace("data.text_column", "text_column")
