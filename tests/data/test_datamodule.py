@@ -34,7 +34,7 @@ def in_world(data: DocumentDataModule, rank: int, size: int) -> DocumentDataModu
         global_rank=rank,
         limit_train_batches=1.0,
         overfit_batches=0.0,
-        strategy=SimpleNamespace(broadcast=lambda name: name),
+        strategy=SimpleNamespace(broadcast=lambda name: name, root_device=torch.device("cpu")),
     )
     return data
 
@@ -217,3 +217,11 @@ def test_each_validation_reads_all_of_it(texts: Path) -> None:
 def test_overfitting_reads_the_same_batches_again(texts: Path) -> None:
     recorder, _ = fit(texts, max_epochs=3, overfit_batches=2)
     assert recorder.seen == recorder.seen[:2] * 3
+
+
+def test_batches_are_made_ahead_for_a_gpu_alone(texts: Path) -> None:
+    data = in_world(module(texts), 0, 1)
+    data.setup("fit")
+    for device, gpu in (("cpu", None), ("cuda:1", torch.device("cuda:1")), ("mps", None)):
+        data.trainer.strategy.root_device = torch.device(device)
+        assert data.train_dataloader().gpu == data.val_dataloader().gpu == gpu

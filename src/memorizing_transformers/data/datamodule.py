@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from ..errors import ConfigError, UserError
@@ -244,7 +245,7 @@ class DocumentDataModule(LightningDataModule):
             limit = self.trainer.limit_train_batches
             steps = int(steps * limit) if isinstance(limit, float) else min(steps, limit or 0)
             repeat = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        loader = SegmentLoader(self.train_store, plan, rank, world_size, steps, repeat)
+        loader = SegmentLoader(self.train_store, plan, rank, world_size, steps, repeat, self._gpu)
         trainer, last = self._stream
         if last is not None and trainer is self.trainer:
             # trainer.reload_dataloaders_every_n_epochs: another loader, but the same stream.
@@ -269,6 +270,12 @@ class DocumentDataModule(LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
+    @property
+    def _gpu(self) -> torch.device | None:
+        """The GPU that batches are copied to; None for other devices."""
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        return device if device is not None and device.type == "cuda" else None
+
     def _share(self, rows: int, key: str) -> tuple[int, int]:
         """This process's rank and the world size, which must divide the rows."""
         world_size = self._world_size
@@ -280,7 +287,7 @@ class DocumentDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> SegmentLoader:
         rank, world_size = self._share(self.eval_rows, self._eval_rows_key)
-        return SegmentLoader(self._store(split), self.plan(split), rank, world_size)
+        return SegmentLoader(self._store(split), self.plan(split), rank, world_size, gpu=self._gpu)
 
     def _has(self, split: str) -> bool:
         return (self.store_folder / f"{split}.tokens.bin").is_file()

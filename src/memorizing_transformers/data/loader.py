@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
 
+from .ahead import one_ahead
 from .batch import IGNORE_INDEX, Batch
 from .row_plan import IDLE, RowPlan
 from .tokens.store import TokenStore
@@ -31,6 +34,8 @@ class SegmentLoader:
         steps: batches of one iteration, where Lightning is to stop before the length of the loader;
             default: the plan's steps per epoch.
         repeat: start every training iteration with the same first batch, to overfit on a few.
+        gpu: where the batches go, if that is a GPU: then they are pinned, and made one ahead. The
+            position counts those that were handed out.
 
     Raises:
         ValueError: where the rows cannot be split evenly over the ranks.
@@ -44,6 +49,7 @@ class SegmentLoader:
         world_size: int = 1,
         steps: int | None = None,
         repeat: bool = False,
+        gpu: torch.device | None = None,
     ) -> None:
         if plan.rows % world_size or not 0 <= rank < world_size:
             raise ValueError(f"{plan.rows} rows, rank {rank} of {world_size}")
@@ -53,11 +59,12 @@ class SegmentLoader:
         self.rows = slice(rank * share, (rank + 1) * share)
         self.steps = plan.steps_per_epoch if steps is None else steps
         self.repeat = repeat
+        self.gpu = gpu
         self._delivered = 0
         """Batches handed out since the stream began."""
         self._loaded = False
         self.seconds = 0.0
-        """Time spent on making batches."""
+        """Time that those who asked for batches have waited."""
 
     def __len__(self) -> int:
         """Steps of the plan's epoch, before any limit of the trainer's."""
@@ -71,14 +78,17 @@ class SegmentLoader:
         if self._loaded and self.steps:
             left -= self._delivered % self.steps
         self._loaded = False
-        for _ in range(left):
-            epoch, step = self.epoch, self.step
-            # Counted before it is handed out: a checkpoint made with this batch asks for the next.
-            self._delivered += 1
-            began = time.perf_counter()
-            batch = self.batch(epoch, step)
-            self.seconds += time.perf_counter() - began
-            yield batch
+        numbers = range(self._delivered, self._delivered + left)
+        makes = (partial(self.batch, *divmod(n, self.plan.steps_per_epoch)) for n in numbers)
+        ready = (make() for make in makes) if self.gpu is None else one_ahead(makes, self.gpu)
+        with closing(ready):
+            for number in numbers:
+                # Counted before it is handed out: a checkpoint with this batch asks for the next.
+                self._delivered = number + 1
+                began = time.perf_counter()
+                batch = next(ready)
+                self.seconds += time.perf_counter() - began
+                yield batch
 
     @property
     def epoch(self) -> int:
