@@ -159,8 +159,9 @@ class Step:
         """Forward, loss, backward, optimiser step and commit."""
         mixed = self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
-            output = self.net(self.inputs, self.bank)
-            loss = self.net.loss(output.logits, self.targets)
+            output = self.net.score(self.inputs, self.bank, self.targets)
+            assert output.nll is not None
+            loss = output.nll.mean()
         loss.backward()
         self.bank.commit(output.pairs, token_ids=self.inputs)
         self.optimizer.step()
@@ -219,8 +220,9 @@ def parity(shape: Shape, device: torch.device) -> Iterator[Row]:
         bank = step.net.new_memory(2)
         bank.load(step.bank.tensors())
         with torch.no_grad():
-            logits = step.net(step.inputs.to(place), bank).logits
-            losses.append(float(step.net.loss(logits, step.targets.to(place))))
+            output = step.net.score(step.inputs.to(place), bank, step.targets.to(place))
+            assert output.nll is not None
+            losses.append(float(output.nll.mean()))
     yield {
         "what": "loss on the device over loss on the CPU, less 1",
         "figure": losses[1] / losses[0] - 1,

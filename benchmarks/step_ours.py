@@ -57,8 +57,9 @@ class Ours:
         """The loss of a segment, and all that forward gave."""
         inputs, targets = self.segment(start)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = self.net(inputs, bank)
-            return self.net.loss(output.logits, targets), output
+            output = self.net.score(inputs, bank, targets)
+        assert output.nll is not None
+        return output.nll.mean(), output
 
     def update(
         self, bank: MemoryBank, start: int, optimizer: torch.optim.Optimizer, bf16: bool = False

@@ -143,8 +143,8 @@ class MemorizingLM(TemplateLM):
             for row, ending in enumerate(endings):
                 padded[row, : len(ending) - 1] = torch.tensor(ending[:-1])
             rows = session.take([0] * len(endings))
-            parts = [output.logits for _, output in rows.parts(padded.to(self._device))]
-            whole = torch.cat([whole, *parts], 1)
+            parts = (output.logits for _, output in rows.parts(padded.to(self._device)))
+            whole = torch.cat([whole, *(part for part in parts if part is not None)], 1)
         results = []
         for scores, ending in zip(whole.float().log_softmax(-1), endings, strict=True):
             targets = torch.tensor(ending, dtype=torch.int64, device=scores.device)
@@ -162,6 +162,7 @@ class MemorizingLM(TemplateLM):
             targets = torch.tensor([ids[1:]], device=self._device)
             start = 0
             for part, output in self._begin().parts(torch.tensor([ids[:-1]], device=self._device)):
+                assert output.logits is not None
                 scores = output.logits.float().log_softmax(-1)
                 wanted = targets[:, start : start + part.shape[1], None]
                 total += float(scores.gather(2, wanted).double().sum())

@@ -36,6 +36,7 @@ def losses_of(arm: Arm, encoder: Encoder, text: str) -> tuple[NDArray[np.float64
     losses = np.zeros((2, len(tokens)))
     ids = torch.from_numpy(tokens.ids)[None].to(next(arm.model.parameters()).device)
     for part, output in session.parts(ids):
+        assert output.logits is not None
         note_losses(losses, output.logits[0], ids[0], begin)
         begin += part.shape[1]
     return losses[0], tokens.ends

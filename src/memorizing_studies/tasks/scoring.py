@@ -73,6 +73,7 @@ def log_likelihoods(session: Session, last: Tensor, input_ids: Tensor, rest: boo
     logits, count = [last[:, None]], 0
     if wanted.shape[1]:
         for part, output in session.parts(wanted):
+            assert output.logits is not None
             logits.append(output.logits)
             count += part.shape[1]
             if count == wanted.shape[1] and not rest:
@@ -173,6 +174,7 @@ def score_items(
         if until > session.count:
             begin = session.count
             for part, output in session.parts(ids[:, begin:until]):
+                assert output.logits is not None
                 end = begin + part.shape[1]
                 if begin + 1 < last_part:
                     note_losses(losses, output.logits[0], ids[0], begin)
