@@ -33,6 +33,15 @@ def test_padding_at_the_right_changes_no_logits_before_it() -> None:
     assert torch.equal(model({"input_ids": ids, "attention_mask": mask}).logits, logits)
 
 
+def test_it_scores_targets() -> None:
+    model = small()
+    ids, targets = torch.randint(256, (2, 2, 7))
+    bank = model.new_memory(2)
+    bank.commit(model(ids, bank).pairs, token_ids=ids)
+    expected = model.loss(model(ids, bank).logits, targets, "none")
+    torch.testing.assert_close(model.score(ids, bank, targets).nll, expected)
+
+
 @pytest.mark.parametrize(
     "mask", [[[0, 1, 1]], [[1, 0, 1]], [[1, 1]], [[1, 1, 1], [1, 1, 1]], [0, 0, 1]]
 )

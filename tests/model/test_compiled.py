@@ -30,17 +30,18 @@ def graphs() -> int:
 
 
 def train(compiled: bool, steps: int, **settings: object) -> tuple[list[Tensor], list[int]]:
-    """Logits and gradients of some steps over a memory that fills, and graphs so far."""
+    """Losses and gradients of some steps over a memory that fills, and graphs so far."""
     model = small_model(size=40, compile=compiled, num_layers=3, xl_cache=5, **settings)
     bank, tokens = model.new_memory(2), random_tokens(2, 5 * steps + 1)
     results, counts = [], []
     for start in range(0, 5 * steps, 5):
         ids, targets = (tokens[:, start + shift : start + shift + 5] for shift in (0, 1))
-        output = model(ids, bank)
+        output = model.score(ids, bank, targets)
         bank.commit(output.pairs)
         model.zero_grad()
-        model.loss(output.logits, targets).backward()
-        results += [output.logits.detach(), *(p.grad for p in model.parameters())]
+        assert output.nll is not None
+        output.nll.mean().backward()
+        results += [output.nll.detach(), *(p.grad for p in model.parameters())]
         counts.append(graphs())
         if start == 20:
             bank.reset(torch.tensor([True, False]))
