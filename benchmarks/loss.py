@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing_transformers.model.scoring import forecast
+from memorizing_transformers.model.forecast import forecast
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

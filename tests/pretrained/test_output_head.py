@@ -11,7 +11,7 @@ from peak import Peak
 from torch import Tensor, nn
 
 from memorizing_transformers import memorize
-from memorizing_transformers.model import scoring
+from memorizing_transformers.model import forecast as forecasting
 from memorizing_transformers.pretrained.head import OutputHead
 from memorizing_transformers.pretrained.memorized import MemorizedModel
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of five tokens at a time."""
-    monkeypatch.setattr(scoring, "CHUNK", 5 * VOCABULARY)
+    monkeypatch.setattr(forecasting, "CHUNK", 5 * VOCABULARY)
 
 
 def memorized(family: str, **settings: Any) -> MemorizedModel:
@@ -141,7 +141,7 @@ def test_trying_leaves_modes_as_they_were() -> None:
 
 def test_no_logits_of_all_tokens_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, tokens = 4096, 128
-    monkeypatch.setattr(scoring, "CHUNK", 2 * vocabulary)
+    monkeypatch.setattr(forecasting, "CHUNK", 2 * vocabulary)
     base = tiny("llama", vocab_size=vocabulary)
     model = memorize(base, {"size": 8, "top_k": 4}, layers=[1])
     for parameter in model.parameters():

@@ -13,7 +13,8 @@ from small import make_data, make_module
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from memorizing_transformers.model import ModelConfig, Transformer, scoring
+from memorizing_transformers.model import ModelConfig, Transformer
+from memorizing_transformers.model import forecast as forecasting
 from memorizing_transformers.training.estimate import estimate
 from memorizing_transformers.training.trainer import MemoryTrainer
 
@@ -141,16 +142,16 @@ def test_flops_and_activations_are_those_of_a_training_step(shape: dict[str, Any
 def test_the_loss_needs_what_it_says(
     chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "CHUNK", chunk)
+    monkeypatch.setattr(forecasting, "CHUNK", chunk)
     tokens, vocabulary, width = 256, 2048, 16
     hidden = torch.randn(1, tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     targets = torch.zeros(1, tokens, dtype=torch.int64)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         with Peak() as forward:
-            scoring.forecast(hidden, weight, targets)
+            forecasting.forecast(hidden, weight, targets)
         with Peak() as peak:
-            scoring.forecast(hidden, weight, targets).nll.sum().backward()
+            forecasting.forecast(hidden, weight, targets).nll.sum().backward()
     config = ModelConfig(vocab_size=vocabulary, d_model=width, num_heads=1, head_dim=16)
     cost = estimate(config, 1, tokens, activation_bytes=dtype.itemsize)
     assert forward.most < 1.12 * cost.loss_bytes
@@ -162,7 +163,7 @@ def test_the_loss_needs_what_it_says(
 def test_logits_that_are_made_again_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(vocab_size=500, d_model=32, num_layers=1, num_heads=2)
     once = estimate(config, 2, 64)
-    monkeypatch.setattr(scoring, "CHUNK", 500 * 64)
+    monkeypatch.setattr(forecasting, "CHUNK", 500 * 64)
     twice = estimate(config, 2, 64)
     assert twice.model_flops - once.model_flops == 2 * 128 * 500 * 32
     assert twice.loss_bytes == once.loss_bytes / 2

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..memory import Readable
 from .config import MemoryConfig
 from .copying import COPIES, Candidates, CopyInputs, OwnForecast, sum_by_token
+from .forecast import IGNORE_INDEX, Forecast
 from .reader import Retrieval
-from .scoring import IGNORE_INDEX, Forecast
 
 CHUNK = 64
 """Tokens of a segment whose logits are held in fp32 at once."""

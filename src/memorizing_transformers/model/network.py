@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..memory import MemoryBank, OpenSegment, SegmentPairs
+from .forecast import IGNORE_INDEX
 from .reader import MemoryReader, Retrieval
-from .scoring import IGNORE_INDEX
 
 
 @dataclass

@@ -26,12 +26,12 @@ from ..memory import (
 )
 from .attention import Attention, MemoryLayerAttention
 from .config import ModelConfig
+from .forecast import forecast
 from .layer import First, Layer
 from .mixing import CopyHead
 from .network import MemorizingNet, ModelOutput
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
-from .scoring import forecast
 
 
 def _rename(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:

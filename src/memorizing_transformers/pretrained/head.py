@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..memory import SegmentPairs
 from ..model import MemorizingNet, ModelOutput
-from ..model.scoring import Forecast, forecast
+from ..model.forecast import Forecast, forecast
 
 
 class OutputHead:

@@ -19,8 +19,8 @@ from ..memory.search.kernels.score_blocks import SCORE_BYTES
 from ..memory.storage import slot_bytes
 from ..model import GATES, CopyHead, MemoryReader, ModelConfig
 from ..model.attention import MASK_BYTES
+from ..model.forecast import chunk_tokens, loss_bytes
 from ..model.local_attention import BLOCK
-from ..model.scoring import chunk_tokens, loss_bytes
 
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
 """Numbers of optimiser state per weight; Adafactor's factors are negligible. Of others two are

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memorizing_transformers.model import Transformer, scoring
-from memorizing_transformers.model.scoring import chunk_tokens, forecast
+from memorizing_transformers.model import Transformer
+from memorizing_transformers.model import forecast as forecasting
+from memorizing_transformers.model.forecast import chunk_tokens, forecast
 
 ROWS, COUNT, WIDTH = 2, 9, 8
 
@@ -22,7 +23,7 @@ ROWS, COUNT, WIDTH = 2, 9, 8
 @pytest.fixture(params=[1, 4, 18], ids="{0} at a time".format)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens whose logits exist at once; 18 are all."""
-    monkeypatch.setattr(scoring, "CHUNK", request.param * VOCAB)
+    monkeypatch.setattr(forecasting, "CHUNK", request.param * VOCAB)
     return int(request.param)
 
 
@@ -123,7 +124,7 @@ def test_autocast_is_as_exact_as_with_all_logits(monkeypatch: pytest.MonkeyPatch
     tokens = 512
     slow = autocast_gradients(False, tokens)
     for size in (tokens, 2):
-        monkeypatch.setattr(scoring, "CHUNK", size * VOCAB)
+        monkeypatch.setattr(forecasting, "CHUNK", size * VOCAB)
         nll, hidden, weight = autocast_gradients(True, tokens)
         assert torch.equal(nll, slow[0])
         torch.testing.assert_close(hidden, slow[1], atol=2e-2, rtol=2e-2)
@@ -135,7 +136,7 @@ def test_autocast_is_as_exact_as_with_all_logits(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gpu_does_not_round_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK", 4 * VOCAB)
+    monkeypatch.setattr(forecasting, "CHUNK", 4 * VOCAB)
     x = {name: value.detach().to("cuda", dtype) for name, value in given().items()}
     own, exact = (
         {n: v.detach().to(t, copy=True).requires_grad_() for n, v in x.items()}
@@ -153,7 +154,7 @@ def test_a_gpu_does_not_round_products(dtype: torch.dtype, monkeypatch: pytest.M
 
 
 def test_chunks_are_alike_and_cover_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK", 1000)
+    monkeypatch.setattr(forecasting, "CHUNK", 1000)
     assert chunk_tokens(100, 10) == 100  # all at once
     assert chunk_tokens(101, 10) == 51  # not 100 and 1
     assert chunk_tokens(5, 10**6) == 1
@@ -180,7 +181,7 @@ class Largest(TorchDispatchMode):
 
 def test_memory_is_less_than_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, vocabulary, width = 1024, 4096, 16
-    monkeypatch.setattr(scoring, "CHUNK", 2**16)
+    monkeypatch.setattr(forecasting, "CHUNK", 2**16)
     peaks = []
     for fast in (True, False):
         hidden = torch.randn(1, tokens, width, requires_grad=True)
@@ -197,7 +198,7 @@ def test_memory_is_less_than_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_frozen_head_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, width = 64, 128
-    monkeypatch.setattr(scoring, "CHUNK", 2 * vocabulary)
+    monkeypatch.setattr(forecasting, "CHUNK", 2 * vocabulary)
     hidden = torch.randn(1, 8, width, requires_grad=True)
     weight = torch.randn(vocabulary, width)
     nll = forecast(hidden, weight, torch.zeros(1, 8, dtype=torch.int64)).nll
@@ -263,7 +264,7 @@ def test_a_model_under_autocast_is_as_near_to_fp32(settings: dict[str, Any]) -> 
 @pytest.mark.parametrize("copy", [[], ["neighbours", "repeats"]], ids=["plain", "copies"])
 def test_no_logits_of_all_tokens_exist(copy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, tokens = 3000, 32
-    monkeypatch.setattr(scoring, "CHUNK", 4 * vocabulary)
+    monkeypatch.setattr(forecasting, "CHUNK", 4 * vocabulary)
     model = small_model(vocab_size=vocabulary, copy=copy, size=32, d_model=8, head_dim=4)
     bank, ids = model.new_memory(2), random_tokens(2, tokens)
     bank.commit(model(ids, bank).pairs, None, ids)
