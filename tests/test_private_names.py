@@ -29,6 +29,9 @@ USED: dict[str, Callable[[], Any]] = {
     "_actions": ArgumentParser,
     "_attn_implementation": PreTrainedConfig,
     "_apply": lambda: Metric,
+    "_broadcast_sigterm_tensor": lambda: (
+        Trainer(logger=False, enable_checkpointing=False).fit_loop.epoch_loop
+    ),
     "_can_set_attn_implementation": lambda: PreTrainedModel,
     "_can_stop_early": lambda: Trainer(logger=False, enable_checkpointing=False).fit_loop,
     "_checkpoint_connector": lambda: Trainer(logger=False, enable_checkpointing=False),
