@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from pretended import make
 from small import SEGMENT, logs, make_data, make_module
 from two_devices import AWAY, two_devices
 from waits import Wait, Waits
 
+from memorizing_transformers.training.ends import RunEnd
 from memorizing_transformers.training.module import MemorizingLM
 
 OFTEN = 8
@@ -95,3 +98,31 @@ def test_no_step_waits_unless_it_logs(case: str, texts: Path, tmp_path: Path) ->
     clean = [wait for wait in found if wait.step in CLEAN]
     assert clean == [], Counter((wait.what, wait.where) for wait in clean)
     assert any(wait.step == OFTEN - 1 for wait in found)  # it sees those of a step that logs
+
+
+def test_ranks_agree_on_signals_without_their_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither by Lightning's broadcast nor by ours; a signal to another rank counts."""
+    made, reduced, others = [], [], 0
+
+    def all_reduce(count: Any, group: Any) -> None:
+        reduced.append((count.device.type, group))
+        count += others
+
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: made.append(backend) or 7)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "broadcast", None)
+    with two_devices("cuda"), Waits() as waits:
+        trainer = make(tmp_path, AWAY)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+        end = RunEnd()
+        ranks: Any = SimpleNamespace(world_size=2, signals=trainer.signals)
+        for stage in ("fit", "validate"):
+            end.setup(ranks, None, stage)  # type: ignore[arg-type]
+        assert not end._signalled(ranks)
+        others = 1
+        assert end._signalled(ranks)
+    assert waits.seen == []
+    assert (made, reduced) == (["gloo"], [("cpu", 7)] * 2)
+    assert trainer.signals.received == 15

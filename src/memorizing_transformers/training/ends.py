@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -80,6 +81,16 @@ class RunEnd(Checkpoint):
     A ``Checkpoint``, so that it comes after the trainer's other ones.
     """
 
+    def __init__(self) -> None:
+        self._hosts: Any = None
+        """The processes that agree behind each step: on their hosts, so that no GPU is waited for;
+        None for one process."""
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Meet the other processes (a collective)."""
+        if trainer.world_size > 1 and self._hosts is None:
+            self._hosts = torch.distributed.new_group(backend="gloo")
+
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Note where the loops are: from here, and from no later place, they resume exactly."""
         trainer.note_loops()
@@ -123,11 +134,14 @@ class RunEnd(Checkpoint):
         else:
             exception.line += f", saved as {path}; {RESUME}" if path else ", which is not saved"
 
-    @staticmethod
-    def _signalled(trainer: Any) -> bool:
+    def _signalled(self, trainer: Any) -> bool:
         """Whether any rank has got a signal, alike on all (a collective)."""
         signals = trainer.signals
-        found: bool = trainer.strategy.reduce_boolean_decision(signals.received is not None, False)
+        found = signals.received is not None
+        if self._hosts is not None:
+            count = torch.tensor(int(found), device="cpu")
+            torch.distributed.all_reduce(count, group=self._hosts)
+            found = bool(count)
         if found:
             signals.ending = True
             signals.received = signals.received or 15

@@ -98,6 +98,10 @@ class MemoryTrainer(Trainer):
             self.writer, self.strategy.broadcast, self._may_remove
         )
         self.signals = StopSignals()
+        # Ranks agree on signals by RunEnd. Lightning's way would make each step wait for its GPU.
+        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = (  # type: ignore[method-assign]
+            lambda: None
+        )
         self.begun = False
         """Whether the current command has begun a batch; before that nothing can be lost."""
         self.saved_step = -1
