@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, launchers
-from lm_eval.api.model import LM, TemplateLM
+from lm_eval.api.model import TemplateLM
 from torchmetrics import Metric
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
@@ -36,7 +36,6 @@ USED: dict[str, Callable[[], Any]] = {
     "_can_set_attn_implementation": lambda: PreTrainedModel,
     "_can_stop_early": lambda: Trainer(logger=False, enable_checkpointing=False).fit_loop,
     "_checkpoint_connector": lambda: Trainer(logger=False, enable_checkpointing=False),
-    "_device": lambda: LM,
     "_data_parallel_size": ModelParallelStrategy,
     "_from_pretrained": lambda: PyTorchModelHubMixin,
     "_hub_mixin_config": lambda: PyTorchModelHubMixin,

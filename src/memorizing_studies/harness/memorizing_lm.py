@@ -68,7 +68,7 @@ class MemorizingLM(TemplateLM):
         self.tokenizer = self.reader.tokenizer
         if self.tokenizer is None:
             raise ConfigError("model_args.pretrained", pretrained, "holds no tokenizer")
-        self._device = next(self.reader.model.parameters()).device
+        self.where = next(self.reader.model.parameters()).device
 
     @property
     def eot_token_id(self) -> int:
@@ -115,7 +115,7 @@ class MemorizingLM(TemplateLM):
             by_context[tuple(context)].append(number)
         contexts = [*by_context]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        sessions = sessions_after(contexts, self._begin, self._device)
+        sessions = sessions_after(contexts, self._begin, self.where)
         quiet = bool(options.get("disable_tqdm"))
         for place, session, logits in tqdm(sessions, "contexts", len(contexts), disable=quiet):
             numbers = by_context[contexts[place]]
@@ -143,7 +143,7 @@ class MemorizingLM(TemplateLM):
             for row, ending in enumerate(endings):
                 padded[row, : len(ending) - 1] = torch.tensor(ending[:-1])
             rows = session.take([0] * len(endings))
-            parts = (output.logits for _, output in rows.parts(padded.to(self._device)))
+            parts = (output.logits for _, output in rows.parts(padded.to(self.where)))
             whole = torch.cat([whole, *(part for part in parts if part is not None)], 1)
         results = []
         for scores, ending in zip(whole.float().log_softmax(-1), endings, strict=True):
@@ -159,9 +159,9 @@ class MemorizingLM(TemplateLM):
         for request in tqdm(requests, "texts", disable=disable_tqdm):
             (text,) = request.args
             ids, total = [self.eot_token_id, *self.tok_encode(text)], 0.0
-            targets = torch.tensor([ids[1:]], device=self._device)
+            targets = torch.tensor([ids[1:]], device=self.where)
             start = 0
-            for part, output in self._begin().parts(torch.tensor([ids[:-1]], device=self._device)):
+            for part, output in self._begin().parts(torch.tensor([ids[:-1]], device=self.where)):
                 assert output.logits is not None
                 scores = output.logits.float().log_softmax(-1)
                 wanted = targets[:, start : start + part.shape[1], None]
@@ -185,7 +185,7 @@ class MemorizingLM(TemplateLM):
                 options = {"do_sample": True, **chosen}
             ids = self.tok_encode(context) or [self.eot_token_id]
             whole = writer.generate(
-                torch.tensor([ids], device=self._device),
+                torch.tensor([ids], device=self.where),
                 past_key_values=SessionCache([self._begin()]),
                 max_new_tokens=int(settings.get("max_gen_toks", GENERATED)),
                 stop_strings=stops or None,
