@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from served import save_model
+from task_texts import latex
 from torch import Tensor
 
 from memorizing_transformers.errors import ConfigError
@@ -163,6 +164,48 @@ def test_the_command_line_runs_a_task_of_its_own(folder: Path, tmp_path: Path) -
     assert ended.returncode == 0, ended.stderr[-2000:]
     (file,) = (tmp_path / "out").rglob("results_*.json")
     assert 0 <= json.loads(file.read_text())["results"]["fields"]["acc,none"] <= 1
+
+
+def test_our_tasks_give_the_accuracy_of_the_command_tasks(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    records = [{"title": str(seed), "text": latex(seed, 4)} for seed in (0, 1)]
+    data.write_text("\n".join(map(json.dumps, records)))
+    command = [sys.executable, "-m", "memorizing_transformers", "tasks", "--model", str(folder)]
+    command += ["--data", str(data), "--tasks", "label-recall", "key-values", "--questions", "6"]
+    command += ["--min_distance", "48", "--max_tokens", "1024", "--out", str(tmp_path / "tasks")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    facts = json.dumps({"items": str(tmp_path / "tasks" / "items.json"), "data": str(data)})
+    command = [sys.executable, "-m", "memorizing_studies.harness", "--model", "memorizing"]
+    command += ["--model_args", f"pretrained={folder}", "--device", "cpu", "--metadata", facts]
+    command += ["--tasks", "memorizing_label_recall,memorizing_key_values"]
+    command += ["--output_path", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(file.read_text())["results"]
+    scores = json.loads((tmp_path / "tasks" / "scores.json").read_text())
+    for ours, theirs in (("label-recall", "label_recall"), ("key-values", "key_values")):
+        right = [score["right"] for score in scores[ours]["memory on"]]
+        assert len(right) > 2
+        expected = sum(right) / len(right)
+        assert found[f"memorizing_{theirs}"]["acc,none"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ("{}", "give --metadata"),
+        ('{"items": "none.json", "data": "x.txt"}', "items = 'none.json'"),
+    ],
+)
+def test_our_tasks_say_what_they_need(facts: str, words: str, folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "memorizing_studies.harness", "--model", "memorizing"]
+    command += ["--model_args", f"pretrained={folder}", "--device", "cpu", "--metadata", facts]
+    command += ["--tasks", "memorizing_key_values"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 2
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """``python -m memorizing_studies.harness``: the command line of lm-evaluation-harness.
 
-It is ``lm_eval`` with one more model, ``--model memorizing``.
+It is ``lm_eval`` with one more model, ``--model memorizing``, and with the project's tasks, which are
+the YAML files of ``yaml/``. ``--include_path`` names a folder of other tasks instead.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from memorizing_transformers.failures import run
 
@@ -19,6 +21,8 @@ def main() -> None:
         raise SystemExit(2) from None
     from . import memorizing_lm  # noqa: F401 (registers the model)
 
+    if "--include_path" not in sys.argv and "--tasks" in sys.argv:
+        sys.argv += ["--include_path", str(Path(__file__).parent / "yaml")]
     cli_evaluate()
 
 
