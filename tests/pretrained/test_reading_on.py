@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from memorizing_transformers import MemorizedModel, memorize
 from memorizing_transformers.generation.session import Session
+from memorizing_transformers.training.checkpoint import opening
 
 N, LENGTH = 6, 44
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -81,3 +83,16 @@ def test_taken_rows_go_on_as_if_alone() -> None:
             assert torch.allclose(found, expected[[1, 0, 1], place], atol=3e-4, rtol=1e-3)
             found = session.read(ids[:, place : place + 1])
             assert torch.allclose(found, expected[:, place], atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("asked", "held"), [(0, 0), (40, 40), (None, 65536)])
+def test_the_size_that_is_asked_for_is_the_size_of_the_memory(
+    asked: int | None, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(opening, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(opening, "induction_layers", lambda *_, **__: [1])
+    model, segment = opening.open_for_use(str(tmp_path), 16, asked)
+    bank = model.new_memory(1)
+    assert segment == 16
+    assert {memory.size for memory in bank.memories.values()} == ({held} if held else set())

@@ -1,7 +1,7 @@
 """``python -m memorizing_studies.harness``: the command line of lm-evaluation-harness.
 
-It is ``lm_eval`` with one more model, ``--model memorizing``, and with the project's tasks, which are
-the YAML files of ``yaml/``. ``--include_path`` names a folder of other tasks instead.
+It is ``lm_eval`` with one more model, ``--model memorizing``, and with the project's tasks: the YAML
+files of ``yaml/``. ``--include_path`` names a folder of other tasks instead.
 """
 
 from __future__ import annotations

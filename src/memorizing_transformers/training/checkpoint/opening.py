@@ -123,7 +123,8 @@ def open_for_use(
             return model, choose_segment(segment_length, {}, base.config.segment_length)
         layers = induction_layers(base, show=False)
         length = segment_length or FOR_PRETRAINED["segment_length"]
-        memory = {"size": memory_size or FOR_PRETRAINED["size"], "search": "bucketed"}
+        size = FOR_PRETRAINED["size"] if memory_size is None else memory_size
+        memory = {"size": size, "search": "bucketed"}
         model = memorize(base, memory, layers, xl_cache=length).eval()
         model.tokenizer = load_tokenizer(name)
         return model, length
