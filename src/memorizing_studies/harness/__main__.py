@@ -1,6 +1,6 @@
 """``python -m memorizing_studies.harness``: the command line of lm-evaluation-harness.
 
-It is ``lm_eval`` with one more model, ``--model memorizing``, and with the project's tasks: the YAML
+It is ``lm_eval`` with one more model, ``--model memorizing``, and the project's tasks: the YAML
 files of ``yaml/``. ``--include_path`` names a folder of other tasks instead.
 """
 
