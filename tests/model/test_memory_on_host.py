@@ -44,7 +44,8 @@ def train(model: Transformer, tokens: Tensor) -> tuple[list[float], MemoryBank]:
     bank = model.new_memory(ROWS)
     losses = []
     for number, ids in enumerate(tokens.split(SEGMENT, 1)):
-        bank.reset(torch.arange(ROWS, device=ids.device) == number - 3)
+        begins = torch.arange(ROWS) == number - 3
+        bank.reset(begins.to(ids.device), begins)
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, 3 + number :] = False
         output = model(ids, bank)

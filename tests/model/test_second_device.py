@@ -138,6 +138,7 @@ def test_stale_pairs_are_looked_after_there(kind: str) -> None:
             for memory in bank.memories.values():
                 memory.drop_written_before(3)
             stores = [memory.tensors() for memory in bank.memories.values()]
+            assert {store.pop("bound").device for store in stores} == {CPU}
             tensors = [*drift, *(x for store in stores for x in store.values())]
             assert {x.device for x in tensors} == {AWAY if away else CPU}
             found.append([numbers(x).clone() for x in tensors])
