@@ -81,6 +81,7 @@ REACH: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "validation_fraction": ({}, 0.4, EVERYTHING - {PREDICTED}),
     "test_fraction": ({}, 0.4, EVERYTHING),
     "min_characters": ({}, 500, EVERYTHING),
+    "min_tokens": ({}, 500, EVERYTHING),
     "tokenizer": ({}, "bpe", EVERYTHING),
     "bpe_vocab_size": (BPE, 320, EVERYTHING),
     "bpe_train_bytes": (BPE, 300, EVERYTHING),

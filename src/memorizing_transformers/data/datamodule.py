@@ -50,7 +50,9 @@ class DocumentDataModule(LightningDataModule):
         test_fraction: Share of the documents that is held out for the test, chosen by a hash of
             their names. 0 = none.
         min_characters: Leave out documents with fewer characters. Default: 2000 for the standard
-            library, else 0. Documents of one token are always left out.
+            library, else 0.
+        min_tokens: Leave out documents with fewer tokens. Documents of one token have nothing to
+            predict. A trained BPE is also trained on what is left out here.
         tokenizer: 'bytes', 'bpe' (trained on the training documents), or the name or folder of any
             tokenizer that AutoTokenizer loads.
         bpe_vocab_size: Number of tokens of the trained BPE, including the 256 bytes.
@@ -83,6 +85,7 @@ class DocumentDataModule(LightningDataModule):
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
         min_characters: int | None = None,
+        min_tokens: int = MIN_TOKENS,
         tokenizer: str = BYTES,
         bpe_vocab_size: int = 512,
         bpe_train_bytes: int = 256 * 2**20,
@@ -125,6 +128,7 @@ class DocumentDataModule(LightningDataModule):
                 bpe_train_bytes=bpe_train_bytes,
             ),
             min_characters=min_characters,
+            min_tokens=min_tokens,
         )
         self.batch_rows = batch_rows
         self.eval_rows = batch_rows if eval_rows is None else eval_rows

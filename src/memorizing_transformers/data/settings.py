@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..errors import ConfigError
 from .sources.documents import readable
+from .tokens.store import MIN_TOKENS
 from .tokens.tokenizers import BYTES, NUM_BYTES
 
 SPLITS = ("train", "validation", "test")
@@ -100,8 +101,11 @@ class CorpusSettings:
     sources: SourceSettings = field(default_factory=SourceSettings)
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     min_characters: int | None = None
+    min_tokens: int = MIN_TOKENS
 
     def __post_init__(self) -> None:
+        if self.min_tokens < MIN_TOKENS:
+            raise ConfigError("data.min_tokens", self.min_tokens, f"must be at least {MIN_TOKENS}")
         if self.min_characters is not None and self.min_characters < 0:
             raise ConfigError("data.min_characters", self.min_characters, "must be at least 0")
 
