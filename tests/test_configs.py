@@ -15,8 +15,9 @@ from memorizing_transformers.training.cli import MemoryCLI
 from memorizing_transformers.training.optimizers import make_optimizer, make_schedule
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "ablations")
-"""All but plans, which tests/studies/test_ablation_plan.py builds."""
+OTHERS = ("ablations", "corpora")
+"""Plans, which tests/studies/test_ablation_plan.py builds, and overlays: tests/test_corpora.py."""
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in OTHERS)
 ALL_KEYS = ROOT / "configs" / "all-keys.yaml"
 RUNS = [path for path in CONFIGS if path != ALL_KEYS]
 CHANGES = [path for path in CONFIGS if "config" in yaml.safe_load(path.read_text())]

@@ -52,8 +52,9 @@ def corpus() -> Callable[..., CorpusSettings]:
     def settings(source: Path | str, **options: Any) -> CorpusSettings:
         names = {field.name for field in fields(TokenizerSettings)}
         tokenizer = {name: options.pop(name) for name in names & options.keys()}
-        shortest = options.pop("min_characters", None)
+        names = {"min_characters", "min_tokens"}
+        least = {name: options.pop(name) for name in names & options.keys()}
         sources = SourceSettings(str(source), **options)
-        return CorpusSettings(sources, TokenizerSettings(**tokenizer), shortest)
+        return CorpusSettings(sources, TokenizerSettings(**tokenizer), **least)
 
     return settings

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from memorizing_transformers.data.settings import SPLITS, SourceSettings
+from memorizing_transformers.data.sources.columns import RecordRules
 from memorizing_transformers.data.sources.documents import Document, Origin, UniqueNames, readable
 from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.data.sources.splits import open_sources
@@ -20,7 +21,7 @@ from memorizing_transformers.errors import ConfigError
 
 
 def read(value: object, group: str = "file") -> list[Document]:
-    source = open_files(Origin("data.source", str(value)), "text", group)  # type: ignore[arg-type]
+    source = open_files(Origin("data.source", str(value)), RecordRules(), group)  # type: ignore[arg-type]
     return list(source.documents(lambda name: True))
 
 
@@ -208,7 +209,7 @@ def test_names_that_are_not_utf8_are_escaped_once(corpus, tmp_path: Path) -> Non
         path = Path(os.fsdecode(os.path.join(os.fsencode(root), name)))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("some words " * 9)
-    source = open_files(Origin("data.source", str(root)), "text", "file")
+    source = open_files(Origin("data.source", str(root)), RecordRules(), "file")
     names = list(source.names())
     assert names == [document.name for document in source.documents(lambda name: True)]
     assert set(names) == {
@@ -218,7 +219,7 @@ def test_names_that_are_not_utf8_are_escaped_once(corpus, tmp_path: Path) -> Non
     folder = prepare_store(corpus(root, validation_fraction=0.3), tmp_path / "cache")
     stored = [name for split in SPLITS for name in TokenStore(folder, split).names]
     assert sorted(stored) == sorted(names)
-    grouped = open_files(Origin("data.source", str(root)), "text", "folder")
+    grouped = open_files(Origin("data.source", str(root)), RecordRules(), "folder")
     assert "sub\\xe9" in list(grouped.names())
 
 
@@ -230,7 +231,7 @@ def test_files_that_cannot_be_read_are_told_readably(tmp_path: Path) -> None:
     str(caught.value).encode("utf-8")
     odd.unlink()
     odd.with_suffix("").write_bytes(b"\xe9 bad")
-    source = open_files(Origin("data.source", str(tmp_path)), "text", "file")
+    source = open_files(Origin("data.source", str(tmp_path)), RecordRules(), "file")
     list(source.documents(lambda name: True))
     (line,) = source.report()
     line.encode("utf-8")

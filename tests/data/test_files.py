@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from memorizing_transformers.data.sources.columns import RecordRules
 from memorizing_transformers.data.sources.documents import Document, Origin
 from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.errors import ConfigError
@@ -19,7 +20,7 @@ RECORDS = [{"title": f"book {n}", "text": f"text of book {n}\n" * 3} for n in ra
 
 
 def read(value: object, column: str = "text", group: str = "file") -> list[Document]:
-    source = open_files(Origin("data.source", str(value)), column, group)  # type: ignore[arg-type]
+    source = open_files(Origin("data.source", str(value)), RecordRules(column), group)  # type: ignore[arg-type]
     documents = list(source.documents(lambda name: True))
     assert [document.name for document in documents] == list(source.names())
     return documents
@@ -149,7 +150,7 @@ def test_json_among_other_files_is_text_and_json_lines_are_records(tmp_path: Pat
 def test_binary_files_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.bin").write_bytes(b"head\0tail")
-    source = open_files(Origin("data.source", str(tmp_path)), "text", "file")
+    source = open_files(Origin("data.source", str(tmp_path)), RecordRules(), "file")
     assert list(source.names()) == ["a.txt"]
     assert source.report() == [f"{tmp_path}: 1 files left out, they look binary"]
     (tmp_path / "a.txt").unlink()
@@ -160,7 +161,7 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_once(tmp_path: Path) -
     (tmp_path / "bad.txt").write_bytes(b"gr\xfc\xdfe")
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbftext")
     (tmp_path / "bad.jsonl").write_bytes(b'{"title": "t", "text": "gr\xfc"}\n')
-    source = open_files(Origin("data.source", str(tmp_path)), "text", "file")
+    source = open_files(Origin("data.source", str(tmp_path)), RecordRules(), "file")
     for _ in range(2):
         texts = {document.name: document.text for document in source.documents(lambda name: True)}
     assert texts == {"bad.txt": "gr\ufffd\ufffde", "mark.txt": "text", "t": "gr\ufffd"}
@@ -178,13 +179,13 @@ def test_places_without_text_are_told(tmp_path: Path) -> None:
 def test_only_wanted_text_files_are_read(tmp_path: Path, monkeypatch) -> None:
     for name in "abc":
         (tmp_path / name).write_text(name)
-    source = open_files(Origin("data.source", str(tmp_path)), "text", "file")
-    monkeypatch.setattr(source, "_read_text", lambda file: f"read {file.name}")
+    source = open_files(Origin("data.source", str(tmp_path)), RecordRules(), "file")
+    monkeypatch.setattr(source, "read_text", lambda file: f"read {file.name}")
     assert list(source.documents(lambda name: name == "b")) == [Document("b", "read b")]
 
 
 def test_documents_are_read_one_at_a_time(texts: Path, monkeypatch) -> None:
-    source = open_files(Origin("data.source", str(texts)), "text", "file")
+    source = open_files(Origin("data.source", str(texts)), RecordRules(), "file")
     count = 0
 
     def read_text(file: Path) -> str:
@@ -192,7 +193,7 @@ def test_documents_are_read_one_at_a_time(texts: Path, monkeypatch) -> None:
         count += 1
         return ""
 
-    monkeypatch.setattr(source, "_read_text", read_text)
+    monkeypatch.setattr(source, "read_text", read_text)
     documents = source.documents(lambda name: True)
     assert count == 0
     next(documents)

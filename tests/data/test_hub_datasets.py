@@ -80,6 +80,25 @@ def test_a_hub_datasets_fingerprint_follows_its_revision(hub: dict) -> None:
     assert first != fingerprint(SourceSettings("hub:owner/books"))
 
 
+def test_records_of_the_hub_are_filtered_and_grouped_in_each_split(hub: dict) -> None:
+    def records(*numbers: int) -> list[dict]:
+        return [{"repo": f"r{n // 4}", "path": -n, "n": n % 2, "text": f"{n}\n"} for n in numbers]
+
+    hub["splits"] = {"train": records(*range(12)), "test": records(20, 22, 21)}
+    settings = SourceSettings(
+        "hub:owner/code",
+        group_column="repo",
+        sort_column="path",
+        where={"n": 0},
+        validation_fraction=0,
+    )
+    texts = {
+        reading.splits[0]: [d.text for d in reading.source.documents(lambda name: True)]
+        for reading in open_sources(settings)
+    }
+    assert texts == {"train": ["2\n0\n", "6\n4\n", "10\n8\n"], "test": ["22\n20\n"]}
+
+
 def test_hub_mistakes_are_told_in_one_line(hub: dict, monkeypatch) -> None:
     hub["splits"] = {"dev": RECORDS}
     with pytest.raises(ConfigError, match="has no split for train, only dev"):

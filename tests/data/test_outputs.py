@@ -11,6 +11,7 @@ from memorizing_studies.ablation import plan_file
 from memorizing_studies.inspection import command as inspect
 from memorizing_transformers.data.settings import SPLITS
 from memorizing_transformers.data.sources import outputs
+from memorizing_transformers.data.sources.columns import RecordRules
 from memorizing_transformers.data.sources.documents import Origin
 from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.data.tokens.prepare import prepare_store
@@ -22,7 +23,7 @@ README = Path(__file__).parents[2] / "data" / "README.md"
 
 
 def names(value: object, cache_dir: Path | None = None, group: str = "file") -> list[str]:
-    source = open_files(Origin("data.source", str(value)), "text", group, cache_dir)  # type: ignore[arg-type]
+    source = open_files(Origin("data.source", str(value)), RecordRules(), group, cache_dir)  # type: ignore[arg-type]
     return list(source.names())
 
 
@@ -154,7 +155,7 @@ def test_files_linked_into_a_store_are_not_read(corpus, texts: Path, tmp_path: P
 
 def test_it_is_told_what_was_left_out(tmp_path: Path) -> None:
     write(tmp_path, "a.txt", "x/version_0/hparams.yaml", "x/version_1/hparams.yaml")
-    source = open_files(Origin("data.source", str(tmp_path)), "text", "file")
+    source = open_files(Origin("data.source", str(tmp_path)), RecordRules(), "file")
     first = tmp_path / "x" / "version_0"
     assert source.report() == [f"{tmp_path}: left out what this program wrote: {first} and 1 more"]
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from memorizing_transformers.data.sources.columns import RecordRules
 from memorizing_transformers.data.sources.documents import Document, Origin
 from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.errors import UserError
@@ -23,7 +24,7 @@ RECORDS = [{"title": f"t{n}", "text": f"text {n}"} for n in range(3)]
 
 
 def read(value: object, group: str = "file") -> list[Document]:
-    source = open_files(Origin("data.source", str(value)), "text", group)  # type: ignore[arg-type]
+    source = open_files(Origin("data.source", str(value)), RecordRules(), group)  # type: ignore[arg-type]
     return list(source.documents(lambda name: True))
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from memorizing_transformers.data.settings import SPLITS, SourceSettings
 from memorizing_transformers.data.sources import record_files
+from memorizing_transformers.data.sources.columns import RecordRules
 from memorizing_transformers.data.sources.documents import Document, Origin
 from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.data.sources.splits import fingerprint_sources, open_sources
@@ -23,7 +24,7 @@ from memorizing_transformers.errors import ConfigError, UserError
 
 
 def read(value: object, column: str = "text", group: str = "file") -> list[Document]:
-    source = open_files(Origin("data.source", str(value)), column, group)  # type: ignore[arg-type]
+    source = open_files(Origin("data.source", str(value)), RecordRules(column), group)  # type: ignore[arg-type]
     return list(source.documents(lambda name: True))
 
 
@@ -223,7 +224,7 @@ def test_a_damaged_first_line_is_told_without_reading_on(tmp_path: Path, monkeyp
 def test_half_a_pair_is_a_replaced_character(tmp_path: Path) -> None:
     lines = ['{"text": "a \\ud83d b"}', '{"text": "\\ude00"}', '{"text": "\\ud83d\\ude00"}']
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
-    source = open_files(Origin("data.source", str(tmp_path)), "text", "file")
+    source = open_files(Origin("data.source", str(tmp_path)), RecordRules(), "file")
     texts = [document.text for document in source.documents(lambda name: True)]
     assert texts == ["a \ufffd b", "\ufffd", "😀"]
     assert "in 2 documents" in source.report()[0]
@@ -262,7 +263,7 @@ def test_another_text_column_is_another_store(corpus, tmp_path: Path) -> None:
 
 def test_the_fingerprint_of_records_follows_names_and_content(tmp_path: Path) -> None:
     def fingerprint() -> str:
-        return open_files(Origin("data.source", str(tmp_path)), "text", "file").fingerprint()
+        return open_files(Origin("data.source", str(tmp_path)), RecordRules(), "file").fingerprint()
 
     as_jsonl(tmp_path / "r", RECORDS)
     seen = [fingerprint()]

@@ -27,6 +27,8 @@ def root(tmp_path: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(" ".join(f"word{index * 31 + n}" for n in range(6 + 9 * index)))
     rows = [{"id": n, "text": f"text {n} " * 30, "body": f"body {n} " * 30} for n in range(20)]
+    for n, row in enumerate(rows):
+        row |= {"part": n // 2, "place": -n, "kind": n % 2}
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "own.txt").write_text("held out " * 40)
     return tmp_path
@@ -77,10 +79,14 @@ REACH: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "validation_source": ({}, "own.txt", EVERYTHING - {PREDICTED}),
     "test_source": ({}, "own.txt", EVERYTHING),
     "text_column": ({"source": "r.jsonl"}, "body", EVERYTHING),
+    "group_column": ({"source": "r.jsonl"}, "part", EVERYTHING),
+    "sort_column": ({"source": "r.jsonl", "group_column": "part"}, "place", EVERYTHING),
+    "where": ({"source": "r.jsonl"}, {"kind": 1}, EVERYTHING),
     "group": ({}, "folder", EVERYTHING),
     "validation_fraction": ({}, 0.4, EVERYTHING - {PREDICTED}),
     "test_fraction": ({}, 0.4, EVERYTHING),
     "min_characters": ({}, 500, EVERYTHING),
+    "min_tokens": ({}, 500, EVERYTHING),
     "tokenizer": ({}, "bpe", EVERYTHING),
     "bpe_vocab_size": (BPE, 320, EVERYTHING),
     "bpe_train_bytes": (BPE, 300, EVERYTHING),

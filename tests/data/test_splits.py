@@ -118,7 +118,10 @@ def test_the_fingerprint_follows_content_names_and_rules(texts: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group": "repository"}, "data.group = 'repository': must be 'file' or 'folder'"),
+        (
+            {"group": "repository"},
+            "data.group = 'repository': must be 'file', 'folder' or",
+        ),
         ({"test_fraction": 1.0}, "data.test_fraction = 1.0: must be at least 0 and below 1"),
         ({"validation_fraction": 0.6, "test_fraction": 0.4}, "data.test_fraction = 0.4: leaves"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memorizing_transformers.data.sources.columns import RecordRules
 from memorizing_transformers.data.sources.documents import Origin, readable
 from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.data.tokens.tokenized_text import TokenizedText, tokenize
@@ -135,7 +136,7 @@ def open_texts(
     names: Counter[str] = Counter()
     for file in files:
         try:
-            source = open_files(Origin(key, file), text_column, "file")
+            source = open_files(Origin(key, file), RecordRules(text_column), "file")
             for name, text in source.documents(lambda _: found.has_room(most_documents)):
                 # The whole text, since a longest line may lie behind what is looked at.
                 fault = fault_of(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,7 +12,14 @@ from lightning.pytorch import LightningDataModule
 from ..errors import ConfigError, UserError
 from .loader import SegmentLoader
 from .row_plan import RowPlan
-from .settings import SPLITS, CorpusSettings, SourceSettings, TokenizerSettings, check_unicode
+from .settings import (
+    SPLITS,
+    CorpusSettings,
+    Grouping,
+    SourceSettings,
+    TokenizerSettings,
+    check_unicode,
+)
 from .tokens.prepare import prepare_store, summary_lines
 from .tokens.shuffled import CutStore, ShuffledStore
 from .tokens.store import MIN_TOKENS, TOKENIZER_FOLDER, TokenStore
@@ -43,15 +50,26 @@ class DocumentDataModule(LightningDataModule):
         validation_source: Text to validate on, written like source. Default: the hub dataset's own
             split, fixed packages of the standard library, or a share of the documents of source.
         test_source: Text to test on, written like source. Default: as for validation_source.
-        text_column: Column of records that holds a document's text.
+        text_column: Column of records that holds a document's text, or a path to it: meta.body is a
+            field of meta, files[].content joins a field of all items of the list files.
+        group_column: Column of records. Records with the same value in it are one document, which
+            has the value as its name. With group = 'folder' the value is a path, and its first part
+            counts. Default: each record is a document.
+        sort_column: Column that orders the records of a group, or a path that orders the items of
+            the list in text_column, e.g. files[].path. Default: the order of the source.
+        where: Reads only records that have these values, by column. A list gives several values,
+            e.g. {license: [mit, bsd-3-clause], language: Python}. Default: all records.
         group: 'file' makes each text file a document. 'folder' joins the files of each top-level
-            folder in path order, as the paper does with repositories.
+            folder in path order, as the paper does with repositories. 'isabelle' does the same, but
+            an Isabelle theory comes after those that it imports.
         validation_fraction: Share of the documents that is held out for validation, chosen by a
             hash of their names. 0 = none.
         test_fraction: Share of the documents that is held out for the test, chosen by a hash of
             their names. 0 = none.
         min_characters: Leave out documents with fewer characters. Default: 2000 for the standard
-            library, else 0. Documents of one token are always left out.
+            library, else 0.
+        min_tokens: Leave out documents with fewer tokens. Documents of one token have nothing to
+            predict. A trained BPE is also trained on what is left out here.
         tokenizer: 'bytes', 'bpe' (trained on the training documents), or the name or folder of any
             tokenizer that AutoTokenizer loads.
         bpe_vocab_size: Number of tokens of the trained BPE, including the 256 bytes.
@@ -80,10 +98,14 @@ class DocumentDataModule(LightningDataModule):
         validation_source: str | None = None,
         test_source: str | None = None,
         text_column: str = "text",
-        group: Literal["file", "folder"] = "file",
+        group_column: str | None = None,
+        sort_column: str | None = None,
+        where: dict[str, Any] | None = None,
+        group: Grouping = "file",
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
         min_characters: int | None = None,
+        min_tokens: int = MIN_TOKENS,
         tokenizer: str = BYTES,
         bpe_vocab_size: int = 512,
         bpe_train_bytes: int = 256 * 2**20,
@@ -116,16 +138,16 @@ class DocumentDataModule(LightningDataModule):
                 validation_source=validation_source,
                 test_source=test_source,
                 text_column=text_column,
+                group_column=group_column,
+                sort_column=sort_column,
+                where=where,
                 group=group,
                 validation_fraction=validation_fraction,
                 test_fraction=test_fraction,
             ),
-            tokenizer=TokenizerSettings(
-                tokenizer=tokenizer,
-                bpe_vocab_size=bpe_vocab_size,
-                bpe_train_bytes=bpe_train_bytes,
-            ),
+            tokenizer=TokenizerSettings(tokenizer, bpe_vocab_size, bpe_train_bytes),
             min_characters=min_characters,
+            min_tokens=min_tokens,
         )
         self.batch_rows = batch_rows
         self.eval_rows = batch_rows if eval_rows is None else eval_rows
@@ -215,19 +237,8 @@ class DocumentDataModule(LightningDataModule):
 
     def summary(self) -> list[str]:
         """Lines for the user: the tokenizer, and per split its size, steps and padding."""
-        lines = summary_lines(self.store_folder)
-        for split in SPLITS:
-            if self._has(split):
-                plan = self.plan(split)
-                line = (
-                    f"{split}: {plan.steps_per_epoch:,} steps of {plan.rows} rows of "
-                    f"{self.segment_length} tokens, {plan.padding_share:.1%} padding"
-                )
-                busy = -(-int(plan.segments.sum()) // plan.steps_per_epoch)
-                if busy <= plan.rows // 2:
-                    line += f"; data.eval_rows = {busy} would take about as many steps"
-                lines.append(line)
-        return lines
+        plans = [f"{split}: {self.plan(split).describe()}" for split in SPLITS if self._has(split)]
+        return [*summary_lines(self.store_folder), *plans]
 
     def train_dataloader(self) -> SegmentLoader:
         """Batches of this rank's rows, endless, in epochs of about one pass."""

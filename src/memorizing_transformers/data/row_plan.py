@@ -124,6 +124,17 @@ class RowPlan:
         segments = int(self.segments.sum()) if self.train else self.rows * self.steps_per_epoch
         return 1 - self.predictions / (segments * self.segment_length)
 
+    def describe(self) -> str:
+        """A line for the user: steps, rows and padding, and fewer rows if they would do as well."""
+        line = (
+            f"{self.steps_per_epoch:,} steps of {self.rows} rows of {self.segment_length} tokens, "
+            f"{self.padding_share:.1%} padding"
+        )
+        busy = -(-int(self.segments.sum()) // self.steps_per_epoch)
+        if busy <= self.rows // 2:
+            line += f"; data.eval_rows = {busy} would take about as many steps"
+        return line
+
     def _extend(self, step: int) -> None:
         """Give documents to rows until none is free at this step, or none is left."""
         while self._free[0][0] <= step:

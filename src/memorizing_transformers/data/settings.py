@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
+from .sources.columns import RecordRules
 from .sources.documents import readable
+from .tokens.store import MIN_TOKENS
 from .tokens.tokenizers import BYTES, NUM_BYTES
 
 SPLITS = ("train", "validation", "test")
@@ -14,7 +18,7 @@ STDLIB = "stdlib"
 STDLIB_MIN_CHARACTERS = 2_000
 """Shorter documents of the standard library are left out unless `min_characters` is given."""
 
-Grouping = Literal["file", "folder"]
+Grouping = Literal["file", "folder", "isabelle"]
 
 
 def check_unicode(key: str, value: str | None) -> None:
@@ -40,6 +44,9 @@ class SourceSettings:
     validation_source: str | None = None
     test_source: str | None = None
     text_column: str = "text"
+    group_column: str | None = None
+    sort_column: str | None = None
+    where: Mapping[str, Any] | None = None
     group: Grouping = "file"
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
@@ -48,8 +55,9 @@ class SourceSettings:
         check_unicode("data.source", self.source)
         check_unicode("data.validation_source", self.validation_source)
         check_unicode("data.test_source", self.test_source)
-        if self.group not in ("file", "folder"):
-            raise ConfigError("data.group", self.group, "must be 'file' or 'folder'")
+        if self.group not in get_args(Grouping):
+            raise ConfigError("data.group", self.group, "must be 'file', 'folder' or 'isabelle'")
+        self._check_records()
         for key, value in self.fractions.items():
             if not 0 <= value < 1:
                 raise ConfigError(f"data.{key}_fraction", value, "must be at least 0 and below 1")
@@ -60,6 +68,24 @@ class SourceSettings:
                 f"leaves nothing to train on with data.validation_fraction "
                 f"({self.validation_fraction}); their sum must be below 1",
             )
+
+    def _check_records(self) -> None:
+        """Refuse rules for records where there are none."""
+        extra = self.records.extra
+        if extra and self.source == STDLIB:
+            remedy = "the standard library is no records; give data.source a file of records"
+            raise ConfigError(*extra, remedy)
+        if extra and self.group != "file" and not self.records.by_folder:
+            remedy = f"is for records, but data.group = {self.group!r} reads every file as text"
+            raise ConfigError(*extra, remedy)
+
+    @cached_property
+    def records(self) -> RecordRules:
+        """How records become documents."""
+        by_folder = self.group == "folder" and self.group_column is not None
+        return RecordRules(
+            self.text_column, self.group_column, self.sort_column, self.where or {}, by_folder
+        )
 
     @property
     def fractions(self) -> dict[str, float]:
@@ -100,8 +126,11 @@ class CorpusSettings:
     sources: SourceSettings = field(default_factory=SourceSettings)
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     min_characters: int | None = None
+    min_tokens: int = MIN_TOKENS
 
     def __post_init__(self) -> None:
+        if self.min_tokens < MIN_TOKENS:
+            raise ConfigError("data.min_tokens", self.min_tokens, f"must be at least {MIN_TOKENS}")
         if self.min_characters is not None and self.min_characters < 0:
             raise ConfigError("data.min_characters", self.min_characters, "must be at least 0")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from ...errors import ConfigError
@@ -122,6 +122,13 @@ def readable(name: str | os.PathLike[str]) -> str:
 
 def _from_bytes(text: str) -> bool:
     return all("\udc80" <= char <= "\udcff" for char in text if "\ud800" <= char <= "\udfff")
+
+
+def join_texts(texts: Sequence[str]) -> str:
+    """Join texts, so that the next one begins on a line of its own."""
+    if len(texts) == 1:
+        return texts[0]
+    return "".join(text if text.endswith("\n") else text + "\n" for text in texts if text)
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from .documents import Origin, first_line
+from .columns import RecordRules
+from .documents import Origin, Source, first_line
+from .grouped import documents_of
 from .records import Records, RecordStream
 
 PREFIX = "hub:"
@@ -40,17 +43,19 @@ class HubDataset:
 
     Args:
         origin: the setting; its value begins with ``hub:``.
-        text_column: the column that holds the text.
+        rules: how records become documents.
+        scratch: a folder that files of groups may be put into. Default: the system's.
 
     Raises:
         ConfigError: the dataset cannot be found or reached.
     """
 
-    def __init__(self, origin: Origin, text_column: str) -> None:
+    def __init__(self, origin: Origin, rules: RecordRules, scratch: Path | None = None) -> None:
         import datasets
 
         self.origin = origin
-        self.text_column = text_column
+        self.rules = rules
+        self.scratch = scratch
         self.name = HubName.parse(origin.value)
         path, config, revision = self.name
         if not path:
@@ -67,7 +72,7 @@ class HubDataset:
                 remedy = "set HF_HOME to a folder that can be written"
             raise origin.error(f"cannot be opened ({first_line(error)}); {remedy}") from error
 
-    def split(self, role: str) -> Records | None:
+    def split(self, role: str) -> Source | None:
         """The split for this role (``train``, ``validation``, ``test``), None if there is none."""
         name = next((name for name in SPLIT_NAMES[role] if name in self.streams), None)
         if name is None:
@@ -76,9 +81,9 @@ class HubDataset:
         place = f"{self.name.path}/{name}"
         content = self._content(name)
         records = RecordStream(place, lambda: stream, lambda: content, place=content)
-        return Records([records], self.text_column, self.origin)
+        return documents_of(Records([records], self.rules, self.origin), self.scratch)
 
-    def require(self, *roles: str) -> Records:
+    def require(self, *roles: str) -> Source:
         """The split for the first of these roles that is there.
 
         Raises:

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Hashable, Iterator, Sequence
+from graphlib import CycleError
 from itertools import chain, groupby
 from pathlib import Path
 
 from ..settings import Grouping
+from .columns import RecordRules
 from .compression import kind_of
 from .documents import Entry, Origin, Source, readable
 from .files import FoundFile, find_files
+from .grouped import documents_of
+from .import_order import in_import_order
 from .record_files import READERS, record_files
 from .records import Records
 from .text_files import TextFiles, TextGroup
 
 
 def open_files(
-    origin: Origin, text_column: str, group: Grouping, cache_dir: Path | None = None
+    origin: Origin, rules: RecordRules, group: Grouping, cache_dir: Path | None = None
 ) -> Source:
     """Open the files that ``origin.value`` names.
 
     With ``group="file"``, ``.jsonl`` and ``.parquet`` files hold one document per record, and so do
     ``.json`` files unless there are other kinds too, as in a folder of source code. Any other
-    file is one document. With ``group="folder"`` every file is text, and the files of each
-    top-level folder are joined in path order; files next to those folders are documents of their
-    own. Hidden files and folders, and what this program wrote, are left out.
+    file is one document. With ``group="folder"`` every file is text unless the rules group records;
+    texts of each top-level folder are joined in path order, and files next to those folders are
+    documents of their own. ``group="isabelle"`` does the same, but an Isabelle theory comes after
+    those that it imports. Hidden files and folders, and what this program wrote, are left out.
 
     Raises:
         ConfigError: nothing is there, or no file that can be read.
     """
     files, outputs = find_files(origin, cache_dir)
-    source = _source(files, text_column, group, origin)
+    source = _source(files, rules, group, origin, cache_dir)
     if outputs:
         more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
         source.notes.append(
@@ -41,10 +46,17 @@ def open_files(
 
 
 def _source(
-    files: Sequence[FoundFile], text_column: str, group: Grouping, origin: Origin
+    files: Sequence[FoundFile],
+    rules: RecordRules,
+    group: Grouping,
+    origin: Origin,
+    cache_dir: Path | None,
 ) -> Source:
-    if group == "folder":
-        return _checked(TextFiles(_groups_by_folder(files), origin), origin)
+    if group != "file" and rules.group is None:
+        folders = _checked(TextFiles(_groups_by_folder(files), origin), origin)
+        if group == "isabelle":
+            folders.groups = [_by_imports(folder, folders) for folder in folders.groups]
+        return folders
     kinds = {file: kind_of(file.path) for file in files}
     mixed = any(kind not in READERS for kind in kinds.values())
     # A .json file as often holds settings as records.
@@ -52,10 +64,15 @@ def _source(
         file for file, kind in kinds.items() if kind in READERS and not (mixed and kind == ".json")
     ]
     taken = set(records)
-    texts = [TextGroup(file.name, [file.path]) for file in files if file not in taken]
+    others = [file for file in files if file not in taken]
+    if group == "folder":
+        texts = _groups_by_folder(others)
+    else:
+        texts = [TextGroup(file.name, [file.path]) for file in others]
     parts: list[Source] = []
     if records:
-        parts.append(Records(record_files(records, text_column, origin), text_column, origin))
+        streams = Records(record_files(records, rules, origin), rules, origin)
+        parts.append(documents_of(streams, cache_dir))
     if texts:
         text = TextFiles(texts, origin)
         parts.append(text if records else _checked(text, origin))
@@ -92,6 +109,12 @@ class Chain(Source):
         return [line for part in self.parts for line in part.report()]
 
 
+def holds_records(source: Source) -> bool:
+    """Whether some documents of a source come from records."""
+    parts = source.parts if isinstance(source, Chain) else [source]
+    return any(not isinstance(part, TextFiles) for part in parts)
+
+
 def _checked(source: TextFiles, origin: Origin) -> TextFiles:
     if not source.groups:
         raise origin.error(f"no text file: {source.binary} files look binary (a NUL byte in them)")
@@ -104,3 +127,17 @@ def _groups_by_folder(files: Sequence[FoundFile]) -> list[TextGroup]:
         TextGroup(name, [file.path for file in members])
         for name, members in groupby(files, lambda file: file.name.split("/")[0])
     ]
+
+
+def _by_imports(folder: TextGroup, source: TextFiles) -> TextGroup:
+    """A folder's files, Isabelle theories in the order of their imports."""
+    files = {file.as_posix(): file for file in folder.files}
+    try:
+        order = in_import_order([*files], lambda name: source.read_text(files[name]))
+    except CycleError as error:
+        circle = ", ".join(Path(name).name for name in error.args[1])
+        raise source.origin.error(
+            f"theories of {readable(folder.name)} import each other ({circle}); mend them, or set "
+            "data.group to 'folder'"
+        ) from None
+    return TextGroup(folder.name, [files[name] for name in order])

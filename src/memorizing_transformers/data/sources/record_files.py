@@ -7,36 +7,36 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .columns import Record, RecordRules
 from .compression import kind_of, open_bytes
 from .documents import Origin, readable
 from .files import FoundFile, place_of
-from .records import NAME_COLUMNS, RecordStream
+from .records import RecordStream
 from .text_files import hash_file
 
-Record = Mapping[str, Any]
 BATCH_ROWS = 64
 _decode = json.JSONDecoder(strict=False).decode
 
 
 def record_files(
-    files: Sequence[FoundFile], text_column: str, origin: Origin
+    files: Sequence[FoundFile], rules: RecordRules, origin: Origin
 ) -> list[RecordStream]:
     """The streams of some files.
 
     Args:
         files: in reading order; each of a kind of `READERS`.
-        text_column: the column that holds the text.
+        rules: the columns that are looked at.
         origin: the setting to name in errors.
     """
     return [
         RecordStream(
             name=file.name,
-            open=partial(READERS[kind_of(file.path)], file.path, text_column),
+            open=partial(READERS[kind_of(file.path)], file.path, rules),
             content=partial(_content, file, origin),
             place=place_of(file.path),
         )
@@ -48,7 +48,7 @@ def _content(file: FoundFile, origin: Origin) -> str:
     return f"{readable(file.name)} {hash_file(file.path, origin).hex()}"
 
 
-def read_json(file: Path, text_column: str) -> Iterator[Record]:
+def read_json(file: Path, rules: RecordRules) -> Iterator[Record]:
     """The records of JSON lines, of a JSON array, or of an array that one object holds.
 
     Raises:
@@ -65,11 +65,11 @@ def read_json(file: Path, text_column: str) -> Iterator[Record]:
             if error.pos < len(line.rstrip()):
                 raise ValueError(f"line {number}: {error}") from error
             # The line is the beginning of a value that ends further down.
-            yield from _records_of(_decode(line + stream.read()), text_column)
+            yield from _records_of(_decode(line + stream.read()), rules)
             return
         following = next(lines, None)
         if following is None:
-            yield from _records_of(first, text_column)
+            yield from _records_of(first, rules)
             return
         yield _checked(first, number)
         while following is not None:
@@ -82,11 +82,12 @@ def read_json(file: Path, text_column: str) -> Iterator[Record]:
             following = next(lines, None)
 
 
-def _records_of(value: Any, text_column: str) -> Iterator[Record]:
+def _records_of(value: Any, rules: RecordRules) -> Iterator[Record]:
     """The records of a file that is one value."""
     if isinstance(value, dict):
         arrays = [item for item in value.values() if _is_array_of_records(item)]
-        value = arrays[0] if text_column not in value and len(arrays) == 1 else [value]
+        alone = any(name in value for name in rules.text.tops) or len(arrays) != 1
+        value = [value] if alone else arrays[0]
     if not isinstance(value, list):
         raise ValueError(f"holds {type(value).__name__}, not records")
     for number, record in enumerate(value, 1):
@@ -103,10 +104,11 @@ def _checked(record: Any, number: int) -> Record:
     return record
 
 
-def read_parquet(file: Path, text_column: str) -> Iterator[Record]:
+def read_parquet(file: Path, rules: RecordRules) -> Iterator[Record]:
     """The records of a Parquet file, with the columns that are needed and no others.
 
-    Where the text column holds no text every column is read, so that an error can name them.
+    Where a column is missing or the text column holds no text, every column is read, so that an
+    error can name them.
     """
     import pyarrow.parquet as pq
 
@@ -115,9 +117,15 @@ def read_parquet(file: Path, text_column: str) -> Iterator[Record]:
     # Opened here: Arrow takes no name that is not UTF-8.
     with open(file, "rb") as stream, pq.ParquetFile(stream) as table:
         schema = table.schema_arrow
-        known = [name for name in (text_column, *NAME_COLUMNS) if name in schema.names]
-        has_text = text_column in known and _is_text(schema.field(text_column).type)
-        columns = list(dict.fromkeys(known)) if has_text else None
+        known = [name for name in rules.names if name in schema.names]
+        plain = rules.text.name in known
+        has_text = (
+            _is_text(schema.field(rules.text.name).type)
+            if plain
+            else rules.text.list_path[0] in known
+        )
+        complete = all(any(name in known for name in column.tops) for column in rules.used)
+        columns = known if has_text and complete else None
         for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
             yield from batch.to_pylist()
 
@@ -130,7 +138,7 @@ def _is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, RecordRules], Iterator[Record]]] = {
     ".jsonl": read_json,
     ".json": read_json,
     ".parquet": read_parquet,

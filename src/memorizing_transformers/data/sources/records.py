@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from functools import partial
 from typing import Any, NamedTuple
 
+from .columns import MISSING, NAME_COLUMNS, NotText, Record, RecordRules
 from .documents import Entry, Origin, Source, first_line, readable
+from .record_filter import RecordFilter
 
-NAME_COLUMNS = ("title", "name", "id")
 RULES = "records 2"
 """Part of the fingerprint; changes whenever names or texts of the same records do."""
 HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -22,64 +23,88 @@ class RecordStream(NamedTuple):
 
     name: str
     """Where the records are, for errors; also the name of records that bear none."""
-    open: Callable[[], Iterable[Mapping[str, Any]]]
+    open: Callable[[], Iterable[Record]]
     content: Callable[[], str]
     """A hash of what is there."""
     place: Hashable
     """What is the same whatever the place is called."""
 
 
-class Records(Source):
-    """Documents made of records.
+class Kept(NamedTuple):
+    """A record that the filter keeps."""
 
-    A document's name is the record's ``title``, ``name`` or ``id``, whichever is filled first, else
-    its place and its number there. Columns other than these and the text column are not looked at.
+    name: str
+    """Its ``title``, ``name`` or ``id``, whichever is filled first, else its place and number."""
+    record: Record
+    text: str
+
+
+class Records(Source):
+    """Documents made of records, one of each.
+
+    Columns that the rules do not name are not looked at, but for those that name a record.
 
     Args:
         streams: where the records come from, in reading order.
-        text_column: the column that holds a document's text; a record without it, or with an empty
-            one, is an empty document.
+        rules: the columns of text, and the filter. A record without text is an empty document.
         origin: the setting to name in errors.
 
     Raises:
         ConfigError: the text column is missing or empty in all records of a place or holds no text,
-            or a record cannot be read.
+            the filter keeps no record, or a record cannot be read.
     """
 
-    def __init__(self, streams: Sequence[RecordStream], text_column: str, origin: Origin) -> None:
+    def __init__(self, streams: Sequence[RecordStream], rules: RecordRules, origin: Origin) -> None:
         super().__init__()
         self.streams = list(streams)
-        self.text_column = text_column
+        self.rules = rules
         self.origin = origin
         self.replaced: set[str] = set()
+        self._filter = RecordFilter(rules, origin)
 
     def entries(self) -> Iterator[Entry]:
         """The documents, in order."""
+        for kept in self.kept():
+            yield Entry(kept.name, partial(self.clean, kept.name, kept.text))
+
+    def kept(self) -> Iterator[Kept]:
+        """The records that the filter keeps, in order, their texts as they stand."""
+        self._filter = filtered = RecordFilter(self.rules, self.origin)
         seen: dict[str, bool] = {}
+        filled = False
         for stream in self.streams:
             here: dict[str, Any] = {}
-            count = 0
-            for count, record in enumerate(self._read(stream), 1):
-                if self.text_column not in here or not seen.get(self.text_column):
+            count, present = 0, False
+            for number, record in enumerate(self._read(stream)):
+                if not filtered.keeps(record):
+                    continue
+                count += 1
+                if not (present and filled):
                     here.update(record)
                     _note_columns(seen, record)
-                text = record.get(self.text_column)
-                if text is not None and not isinstance(text, str):
-                    what = f"column {self.text_column!r} holds {type(text).__name__}, not text"
-                    raise self._no_text(what, _with_text(record))
-                name = _record_name(record, f"{stream.name}-{count - 1:06d}")
-                yield Entry(name, partial(self._text, name, text or ""))
-            if count and self.text_column not in here:
+                try:
+                    text = self.rules.text_of(record)
+                except NotText as error:
+                    raise self._no_text(str(error), _with_text(record)) from None
+                present = present or text is not MISSING
+                filled = filled or isinstance(text, str)
+                yield Kept(
+                    _record_name(record, f"{stream.name}-{number:06d}"),
+                    record,
+                    text if isinstance(text, str) else "",
+                )
+            if count and not present:
                 with_text = [name for name in here if seen[name]]
                 others = [name for name in here if not seen[name]] if with_text else []
-                raise self._no_text(f"no column {self.text_column!r}", with_text + others)
-        if seen and not seen[self.text_column]:
-            what = f"column {self.text_column!r} is empty in all records"
+                raise self._no_text(f"no column {self.rules.text_column!r}", with_text + others)
+        if seen and not filled:
+            what = f"column {self.rules.text_column!r} is empty in all records"
             raise self._no_text(what, [name for name in seen if seen[name]])
+        filtered.refuse_nothing_kept()
 
     def fingerprint(self) -> str:
-        """Hash of the content and of the column that is read."""
-        key = [RULES, self.text_column, *(stream.content() for stream in self.streams)]
+        """Hash of the content and of the columns that are read."""
+        key = [RULES, *self.rules.facts(), *(stream.content() for stream in self.streams)]
         return hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
 
     def places(self) -> set[Hashable]:
@@ -91,21 +116,23 @@ class Records(Source):
         self.streams = [stream for stream in self.streams if stream.place not in places]
 
     def lines(self) -> list[str]:
-        """A line about documents with replaced bytes, as far as documents were read."""
-        if not self.replaced:
-            return []
-        return [
-            f"{self.origin.value}: U+FFFD, which stands for bytes that are not UTF-8, in "
-            f"{len(self.replaced)} documents, e.g. {readable(min(self.replaced))}"
-        ]
+        """Lines about replaced bytes and filtered records, as far as documents were read."""
+        lines = self._filter.lines()
+        if self.replaced:
+            lines.append(
+                f"{self.origin.value}: U+FFFD, which stands for bytes that are not UTF-8, in "
+                f"{len(self.replaced)} documents, e.g. {readable(min(self.replaced))}"
+            )
+        return lines
 
-    def _text(self, name: str, text: str) -> str:
+    def clean(self, name: str, text: str) -> str:
+        """A text without half pairs; a document that lost characters is noted by its name."""
         text = HALF_PAIR.sub("\ufffd", text)
         if "\ufffd" in text:
             self.replaced.add(name)
         return text
 
-    def _read(self, stream: RecordStream) -> Iterator[Mapping[str, Any]]:
+    def _read(self, stream: RecordStream) -> Iterator[Record]:
         try:
             yield from stream.open()
         except StopIteration:
@@ -123,11 +150,11 @@ class Records(Source):
         return self.origin.error(f"{what}; set data.text_column to one of {', '.join(columns)}")
 
 
-def _with_text(record: Mapping[str, Any]) -> list[str]:
+def _with_text(record: Record) -> list[str]:
     return [name for name, value in record.items() if isinstance(value, str)]
 
 
-def _note_columns(columns: dict[str, bool], record: Mapping[str, Any]) -> None:
+def _note_columns(columns: dict[str, bool], record: Record) -> None:
     """Add a record's columns, and whether each held text so far."""
     for name, value in record.items():
         columns[name] = columns.get(name, False) or isinstance(value, str)

@@ -12,7 +12,7 @@ from ..settings import SPLITS, STDLIB, SourceSettings
 from .documents import Origin, Source
 from .files import find_files
 from .hub_datasets import PREFIX, HubDataset
-from .local import open_files
+from .local import holds_records, open_files
 from .standard_library import held_out_split, library_files, standard_library
 
 
@@ -53,7 +53,7 @@ def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> lis
 
     origin = Origin("data.source", settings.source)
     if settings.source.startswith(PREFIX):
-        hub = HubDataset(origin, settings.text_column)
+        hub = HubDataset(origin, settings.records, cache_dir)
         for split in open_splits[1:]:
             own = hub.split(split)
             if own is not None:
@@ -62,6 +62,12 @@ def open_sources(settings: SourceSettings, cache_dir: Path | None = None) -> lis
         main: Source = hub.require("train")
     else:
         main = _open_all(origin, settings, "train", cache_dir)
+    extra = settings.records.extra
+    if extra and not holds_records(main):
+        remedy = (
+            f"is for records, but {settings.source} holds texts; give .jsonl, .json or .parquet"
+        )
+        raise ConfigError(*extra, remedy)
     _keep_apart(main, readings, origin)
 
     shares = {split: settings.fractions[split] for split in open_splits[1:]}
@@ -248,5 +254,5 @@ def _open_all(
     if origin.value == STDLIB:
         return standard_library(origin)
     if origin.value.startswith(PREFIX):
-        return HubDataset(origin, settings.text_column).require(role, "train")
-    return open_files(origin, settings.text_column, settings.group, cache_dir)
+        return HubDataset(origin, settings.records, cache_dir).require(role, "train")
+    return open_files(origin, settings.records, settings.group, cache_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .compression import open_bytes
-from .documents import Entry, Origin, Source, first_line, readable
+from .documents import Entry, Origin, Source, first_line, join_texts, readable
 from .files import place_of
 
 HASH_CHUNK = 1 << 20
@@ -107,9 +107,10 @@ class TextFiles(Source):
             ) from error
 
     def _read_group(self, files: Sequence[Path]) -> str:
-        return _join([self._read_text(file) for file in files])
+        return join_texts([self.read_text(file) for file in files])
 
-    def _read_text(self, file: Path) -> str:
+    def read_text(self, file: Path) -> str:
+        """A file as text; one with bytes that are not UTF-8 is noted."""
         raw = self._read(file)
         try:
             return raw.decode("utf-8-sig")
@@ -132,10 +133,3 @@ def hash_file(file: Path | str, origin: Origin) -> bytes:
     except OSError as error:
         raise origin.error(f"cannot read {readable(file)} ({first_line(error)})") from error
     return digest.digest()
-
-
-def _join(texts: Sequence[str]) -> str:
-    """Join files, so that the next one begins on a line of its own."""
-    if len(texts) == 1:
-        return texts[0]
-    return "".join(text if text.endswith("\n") else text + "\n" for text in texts if text)

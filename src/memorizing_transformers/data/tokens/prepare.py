@@ -35,7 +35,15 @@ from ..sources.splits import (
     source_files,
 )
 from .known_stores import KnownStore
-from .store import FORMAT, TOKENIZER_FOLDER, SplitWriter, read_manifest, token_dtype, write_manifest
+from .store import (
+    FORMAT,
+    MIN_TOKENS,
+    TOKENIZER_FOLDER,
+    SplitWriter,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
 from .tokenizers import (
     BPE,
     BYTES,
@@ -97,6 +105,8 @@ def _prepared(
     readings = open_sources(settings.sources, cache_dir)
     refuse_leaks(readings)
     facts: list[Any] = [FORMAT, kind, settings.shortest, fingerprint_sources(readings)]
+    if settings.min_tokens != MIN_TOKENS:
+        facts.append(f"min_tokens {settings.min_tokens}")
     folder = cache_dir / hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     if read_manifest(folder) is not None:
         log.info("tokens found in %s", folder)
@@ -169,7 +179,9 @@ def _write_store(
     encode = make_encoder(tokenizer)
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(SplitWriter(folder, split, token_dtype(vocab_size)))
+            split: stack.enter_context(
+                SplitWriter(folder, split, token_dtype(vocab_size), settings.min_tokens)
+            )
             for reading in readings
             for split in reading.splits
         }
@@ -185,6 +197,15 @@ def _write_store(
             for line in reading.source.report():
                 log.warning(line)
     counts = {split: writers[split].counts() for split in SPLITS if split in writers}
+    too_few = sum(writer.too_few_tokens for writer in writers.values())
+    if too_few and settings.min_tokens > MIN_TOKENS:
+        kept = sum(count["documents"] for count in counts.values())
+        log.warning(
+            "data.min_tokens = %d: %d documents of fewer tokens left out, %d kept",
+            settings.min_tokens,
+            too_few,
+            kept,
+        )
     _refuse_empty(counts, settings)
     tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     facts = {
@@ -249,7 +270,8 @@ def _refuse_empty(counts: dict[str, dict[str, int]], settings: CorpusSettings) -
                 key if given else "data.source",
                 given or settings.sources.source,
                 f"no document left for {split}, {found['left_out']} were too short; give longer "
-                f"ones, or lower data.min_characters ({settings.shortest})",
+                f"ones, or lower data.min_characters ({settings.shortest}) or data.min_tokens "
+                f"({settings.min_tokens})",
             )
 
 

@@ -111,16 +111,23 @@ class SplitWriter:
         folder: exists already.
         split: the split's name.
         dtype: of the tokens on disk.
+        min_tokens: documents of fewer tokens are left out.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: DTypeLike) -> None:
+    def __init__(
+        self, folder: Path, split: str, dtype: DTypeLike, min_tokens: int = MIN_TOKENS
+    ) -> None:
         self.folder = folder
         self.split = split
         self.dtype = np.dtype(dtype)
         self.offsets = array("q", [0])
         self.num_bytes = array("q")
         self.names: list[str] = []
+        self.min_tokens = min_tokens
         self.left_out = 0
+        """Documents left out for any reason."""
+        self.too_few_tokens = 0
+        """Those of them that had fewer than `min_tokens`."""
         self._stream = open(folder / f"{split}.tokens.bin", "wb")  # noqa: SIM115
 
     def __enter__(self) -> SplitWriter:
@@ -139,9 +146,10 @@ class SplitWriter:
             self._stream.close()
 
     def add(self, name: str, tokens: NDArray[np.uint32], num_bytes: int) -> None:
-        """Append a document; one of less than two tokens is left out and counted."""
-        if len(tokens) < MIN_TOKENS:
+        """Append a document; one of fewer than `min_tokens` is left out and counted."""
+        if len(tokens) < self.min_tokens:
             self.left_out += 1
+            self.too_few_tokens += 1
             return
         self._stream.write(tokens.astype(self.dtype).tobytes())
         self.offsets.append(self.offsets[-1] + len(tokens))
