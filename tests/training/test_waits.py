@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.connectors import data_connector
 from pretended import make
-from small import SEGMENT, logs, make_data, make_module
+from small import SEGMENT, logs, make_data, make_module, make_trainer
 from two_devices import AWAY, two_devices
 from waits import Wait, Waits
 
 from memorizing_transformers.training.ends import RunEnd
 from memorizing_transformers.training.module import MemorizingLM
+from memorizing_transformers.training.unwanted_messages import drop_unwanted_messages
 
 OFTEN = 8
 STEPS = 2 * OFTEN - 1
@@ -126,3 +129,13 @@ def test_ranks_agree_on_signals_without_their_gpus(
     assert waits.seen == []
     assert (made, reduced) == (["gloo"], [("cpu", 7)] * 2)
     assert trainer.signals.received == 15
+
+
+def test_lightning_does_not_warn_of_the_copy_of_a_batch(texts: Path) -> None:
+    """That our module keeps batches on the host is nothing that a user could change."""
+    data_connector.warning_cache.clear()  # it warns once in a process
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        drop_unwanted_messages()
+        make_trainer(max_steps=1).fit(make_module(), datamodule=make_data(texts))
+    assert not [one for one in said if "transfer_batch_to_device" in str(one.message)]

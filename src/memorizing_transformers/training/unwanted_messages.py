@@ -11,6 +11,7 @@ ADVERTISING = "💡 Tip"
 WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # between Lightning and torch
     r".*does not have many workers",  # our loader reads a memory map
+    r"You have overridden `transfer_batch_to_device`",  # ours is meant to be used
     r".*The dirpath has changed from",  # a test logs to another folder than the fit
 )
 """How warnings begin that nobody can act upon."""
