@@ -21,7 +21,7 @@ from .settings import (
     check_unicode,
 )
 from .tokens.prepare import prepare_store, summary_lines
-from .tokens.shuffled import CutStore, ShuffledStore
+from .tokens.shuffled import open_store
 from .tokens.store import MIN_TOKENS, TOKENIZER_FOLDER, TokenStore
 from .tokens.tokenizers import (
     BPE,
@@ -291,9 +291,8 @@ class DocumentDataModule(LightningDataModule):
         """This process's rank and the world size, which must divide the rows."""
         world_size = self._world_size
         if rows % world_size:
-            raise ConfigError(
-                key, rows, f"must be a multiple of the number of processes ({world_size})"
-            )
+            remedy = f"must be a multiple of the number of processes ({world_size})"
+            raise ConfigError(key, rows, remedy)
         return (self.trainer.global_rank if self.trainer is not None else 0), world_size
 
     def _eval_loader(self, split: str) -> SegmentLoader:
@@ -310,13 +309,8 @@ class DocumentDataModule(LightningDataModule):
                     f"data.{split}_fraction = 0: there are no documents for {split}; raise it or "
                     f"give data.{split}_source"
                 )
-            folder = self.store_folder
-            if self.cut_tokens is not None:
-                self._stores[split] = CutStore(folder, split, self.cut_tokens)
-            elif self.shuffle_tokens is not None:
-                self._stores[split] = ShuffledStore(folder, split, self.shuffle_tokens)
-            else:
-                self._stores[split] = TokenStore(folder, split)
+            changed = (self.cut_tokens, self.shuffle_tokens)
+            self._stores[split] = open_store(self.store_folder, split, *changed)
         return self._stores[split]
 
 

@@ -91,3 +91,21 @@ class ShuffledStore(TokenStore):
             low, high = max(start, left), min(stop, left + self._block)
             parts.append(self.tokens[begin + low - left : begin + high - left])
         return np.concatenate(parts) if parts else self.tokens[:0]
+
+
+def open_store(
+    folder: Path, split: str, cut_tokens: int | None, shuffle_tokens: int | None
+) -> TokenStore:
+    """The documents of a split, as they are or changed.
+
+    Args:
+        folder: of the store.
+        split: train, validation or test.
+        cut_tokens: tokens of the documents that each one is cut into; None for whole ones.
+        shuffle_tokens: tokens of the blocks that documents exchange; None for none.
+    """
+    if cut_tokens is not None:
+        return CutStore(folder, split, cut_tokens)
+    if shuffle_tokens is not None:
+        return ShuffledStore(folder, split, shuffle_tokens)
+    return TokenStore(folder, split)
