@@ -1,4 +1,4 @@
-"""All that waits for a GPU, in one command of at most eight minutes.
+"""All that waits for a GPU, in one command; no part begins after eight minutes.
 
     python benchmarks/gpu.py
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memorizing_transformers.model import attention as attention_file
 from memorizing_transformers.model import local_attention as local
-from memorizing_transformers.model.flex import flex_local_attention, flex_works
+from memorizing_transformers.model.flex import FEWEST_QUERIES, flex_local_attention, flex_works
 from memorizing_transformers.model.local_attention import local_attention
 
 HEADS, WIDTH = 4, 6
@@ -204,11 +204,31 @@ def test_without_flex_attention_a_large_mask_is_never_made(
     class OnGpu(Tensor):
         is_cuda = property(lambda _: True)
 
+    monkeypatch.setattr(attention_file, "flex_works", lambda *_: False)
     for allowed, times in ((0, 0), (2**20, 1)):
         monkeypatch.setattr(attention_file, "MASK_BYTES", allowed)
         found, _ = attention.local(q.detach().as_subclass(OnGpu), k.detach(), v.detach(), None)
         assert found.shape == q.shape
         assert len(asked) == times
+
+
+def test_flex_attention_is_asked_for_segments_and_not_for_single_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attention = small_model(layers=[]).layers[0].attention
+    asked = []
+    monkeypatch.setattr(attention_file, "flex_works", lambda *_: True)
+    monkeypatch.setattr(
+        attention_file, "flex_local_attention", lambda q, *_: (asked.append(q.shape[2]) or q, None)
+    )
+
+    class OnGpu(Tensor):
+        is_cuda = property(lambda _: True)
+
+    for segment in (1, FEWEST_QUERIES - 1, FEWEST_QUERIES, 200):
+        q, k, v, _ = case(2, segment, 0, 1)
+        attention.local(q.detach().as_subclass(OnGpu), k.detach(), v.detach(), None)
+    assert asked == [FEWEST_QUERIES, 200]
 
 
 def test_long_segments_equal_short_ones_with_a_cache() -> None:

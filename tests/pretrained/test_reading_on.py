@@ -11,6 +11,7 @@ from families import FAMILIES, VOCABULARY, tiny
 from torch import Tensor
 
 from memorizing_transformers import MemorizedModel, memorize
+from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.generation.session import Session
 from memorizing_transformers.training.checkpoint import opening
 
@@ -96,3 +97,10 @@ def test_the_size_that_is_asked_for_is_the_size_of_the_memory(
     bank = model.new_memory(1)
     assert segment == 16
     assert {memory.size for memory in bank.memories.values()} == ({held} if held else set())
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_segment_without_a_token_is_refused(length: int, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"segment_length = {length}: must be at least 1"):
+        opening.open_for_use(str(tmp_path), length, None)

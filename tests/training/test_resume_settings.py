@@ -165,6 +165,23 @@ def test_rates_after_a_resume_are_those_of_the_new_schedule_from_its_first_step(
     assert third.losses.values == rest.losses.values[3:]
 
 
+@pytest.mark.parametrize(("before", "now"), [(1.0, 10.0), (10.0, 1.0)])
+def test_muon_goes_on_where_the_memory_gets_a_rate_of_its_own_or_loses_it(
+    before: float, now: float, texts: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"name": "muon", **COSINE}
+    first = Fit(texts, tmp_path / "a", 3, optimizer={**settings, "memory_lr_factor": before})
+    saved = {p: first.optimizer.state[q] for p, q in first.module.net.named_parameters()}
+    checkpoint, changed = first.checkpoint(3), {**settings, "memory_lr_factor": now}
+    rest = Fit(texts, tmp_path / "b", 4, checkpoint, optimizer=changed)
+    for name, parameter in rest.module.net.named_parameters():
+        state = rest.optimizer.state[parameter]
+        assert state.keys() == saved[name].keys(), name
+        assert float(state.get("step", 4)) == 4
+    assert ("momentum_buffer" in saved["layers.0.attention.query.weight"]) is True
+    assert "exp_avg" in saved["embedding.weight"]
+
+
 JOINED: list[dict[str, Any]] = [
     {},
     {"combine": "content", "position_bias": "t5"},

@@ -21,7 +21,8 @@ def main() -> None:
         raise SystemExit(2) from None
     from . import memorizing_lm  # noqa: F401 (registers the model)
 
-    if "--include_path" not in sys.argv and "--tasks" in sys.argv:
+    options = {argument.partition("=")[0] for argument in sys.argv}
+    if options & {"--tasks", "-t"} and not any(name.startswith("--inc") for name in options):
         sys.argv += ["--include_path", str(Path(__file__).parent / "yaml")]
     cli_evaluate()
 

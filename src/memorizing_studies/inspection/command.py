@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from memorizing_transformers.data.sources.documents import first_line
 from memorizing_transformers.data.tokens.tokenized_text import (
     TokenizedText,
     name_of_token,
@@ -24,6 +23,7 @@ from memorizing_transformers.training.checkpoint.opening import (
     place,
 )
 
+from ..out_folder import out_folder
 from .json_lines import write_lines
 from .page import render
 from .report import Report
@@ -79,26 +79,6 @@ def check_tokens(tokens: TokenizedText, document: str, vocab_size: int, segment:
             f"give at least {segment + 2}, or a smaller segment_length"
         )
         raise ConfigError("document", document, remedy)
-
-
-def prepare_folder(out: str) -> Path:
-    """The folder to write to, made and tried.
-
-    Raises:
-        ConfigError: where nothing can be written there.
-    """
-    if not out:
-        raise ConfigError("out", out, "must name a folder")
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".{PAGE}.partial"
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        remedy = f"cannot be written to ({first_line(error)}); give another folder"
-        raise ConfigError("out", out, remedy) from error
-    return folder
 
 
 def learned_gates(model: AnyModel) -> dict[int, list[float]]:
@@ -192,7 +172,7 @@ def inspect(
         raise ConfigError("retrieved", retrieved, f"must lie between 1 and top_k ({top_k})")
     tokens = tokenize(model.tokenizer, text)
     check_tokens(tokens, document, model.config.vocab_size or 0, segment)
-    folder = prepare_folder(out)
+    folder = out_folder(out)
     place(model, device)
     name, step = Path(document).name, manifest.get("step")
     report = examine(model, tokens, segment, sizes, retrieved, name, ckpt_path, step)

@@ -20,11 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from memorizing_transformers.data.sources.documents import first_line
 from memorizing_transformers.data.tokens.tokenizers import fingerprint_tokenizer
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.training.checkpoint.opening import open_for_use, place
 
+from ..out_folder import out_folder
 from .continuations import Encoder
 from .far_copies import hashes
 from .items import Item, ItemSet, Piece, Sheet, load, save
@@ -233,7 +233,7 @@ def run(request: Request) -> None:
             "no task finds an item in these documents; give longer ones or a smaller min_distance"
         )
         raise ConfigError("data", " ".join(request.data), remedy)
-    out = _folder(request.out)
+    out = out_folder(request.out)
     save(items, out / ITEMS)
     scores = score_all(arms, items, texts)
     whole = {n: {a: [asdict(s) for s in of] for a, of in by.items()} for n, by in scores.items()}
@@ -257,21 +257,3 @@ def run(request: Request) -> None:
     for line in [*texts.notes, *outcome.skips()]:
         print(line)
     print(f"results: {out / 'index.html'}")
-
-
-def _folder(out: str) -> Path:
-    """The folder to write to.
-
-    Raises:
-        ConfigError: where nothing can be written there.
-    """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / ".partial"
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        remedy = f"cannot be written to ({first_line(error)}); give another folder"
-        raise ConfigError("out", out, remedy) from error
-    return folder

@@ -14,7 +14,7 @@ from ..memory import Memory, Pairs, Search, XLCache
 from .bias import LocalBias
 from .compiled import compilable
 from .config import ModelConfig
-from .flex import flex_local_attention, flex_works
+from .flex import FEWEST_QUERIES, flex_local_attention, flex_works
 from .local_attention import local_attention
 from .reader import MemoryReader, Retrieval
 
@@ -93,7 +93,8 @@ class Attention(nn.Module):
             v = torch.cat([cache.values.to(v.dtype), v], dim=2)
         seen = cache.valid() if cache is not None and cache.size else None
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        flexible = q.is_cuda and flex_works(q.device, v.dtype, *heads)
+        flexible = q.is_cuda and q.shape[2] >= FEWEST_QUERIES
+        flexible = flexible and flex_works(q.device, v.dtype, *heads)
         mask_bytes = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * v.element_size()
         if q.is_cuda and not (with_mass or flexible or mask_bytes > MASK_BYTES):
             return self.fused(q, k, v, seen), None

@@ -21,6 +21,9 @@ from torch.nn.attention.flex_attention import (
 
 logger = logging.getLogger(__name__)
 
+FEWEST_QUERIES = 128
+"""With fewer, as in generation, each token would bring a mask and a kernel of another shape."""
+
 ScoreChange = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """The score of row b, head h, query i and key j, changed."""
 

@@ -122,7 +122,7 @@ def open_for_use(
             model = MemorizingTransformer.from_pretrained(name, **sizes)
             return model, choose_segment(segment_length, {}, base.config.segment_length)
         layers = induction_layers(base, show=False)
-        length = segment_length or FOR_PRETRAINED["segment_length"]
+        length = choose_segment(segment_length, {}, FOR_PRETRAINED["segment_length"])
         size = FOR_PRETRAINED["size"] if memory_size is None else memory_size
         memory = {"size": size, "search": "bucketed"}
         model = memorize(base, memory, layers, xl_cache=length).eval()
