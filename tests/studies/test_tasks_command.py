@@ -171,6 +171,7 @@ def test_every_mistake_is_told_in_one_line(
         ([*good, "--memory_size", -1], "memory_size = -1"),
         ([*good, "--device", "moon"], "device = "),
         ([*good[:-1], tmp_path / "file", *SMALL], "out = "),
+        ([*good[:-1], "", *SMALL], "out = ''"),
         ([*good, "--tasks", "lemma-recall", "--max_documents", 1, *SMALL[:6]], "no task finds"),
         ([*good, "--background", tmp_path / "nowhere", *SMALL], "background = "),
         ([*good, "--reference", tmp_path / "nowhere", *SMALL], "reference = "),
