@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from memorizing_transformers.memory import Memory, Neighbours, make_search
+from memorizing_transformers.memory.search import auto
 from memorizing_transformers.memory.search.auto import EXACT_UP_TO, SCAN_UP_TO, choose_search
+from memorizing_transformers.memory.search.cells import LEAST_QUERIES
 from memorizing_transformers.memory.search.recall import measured_recall
 from memorizing_transformers.memory.search.reference import reference_search
 
@@ -23,14 +25,22 @@ from memorizing_transformers.memory.search.reference import reference_search
     ],
 )
 def test_the_choice_follows_device_and_size(device: str, size: int, name: str) -> None:
-    choice = choose_search(device, size, rows=2, heads=8)
+    choice = choose_search(device, size, rows=2, heads=8, queries=64)
     assert choice.name == name
     assert f"2 rows x 8 heads x {size} slots on {device}" in choice.reason
 
 
 def test_a_memory_too_large_to_scan_gets_an_index() -> None:
     pytest.importorskip("faiss")
-    assert choose_search("cpu", SCAN_UP_TO + 1, 1, 1).name == "faiss"
+    assert choose_search("cpu", SCAN_UP_TO + 1, 1, 1, 64).name == "faiss"
+
+
+def test_many_queries_on_a_cpu_without_int8_get_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = EXACT_UP_TO["cpu"] + 1
+    for fast, name in ((False, "cells"), (True, "bucketed")):
+        monkeypatch.setattr(auto, "has_fast_int8", lambda fast=fast: fast)
+        assert choose_search("cpu", size, 2, 8, LEAST_QUERIES).name == name
+    assert choose_search("cuda", size, 2, 8, LEAST_QUERIES).name == "bucketed"
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

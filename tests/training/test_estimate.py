@@ -206,7 +206,7 @@ def test_checkpoint_bytes_are_those_on_disk(dtype: str, texts: Path, tmp_path: P
     assert cost.checkpoint_bytes == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("search", ["exact", "faiss"])
+@pytest.mark.parametrize("search", ["exact", "faiss", "cells"])
 def test_a_memory_on_the_host_is_counted_there(search: str) -> None:
     settings = {"size": 4096, "search": search}
     costs = {
@@ -218,10 +218,9 @@ def test_a_memory_on_the_host_is_counted_there(search: str) -> None:
         for device in ("model", "cpu")
     }
     here, there = costs["model"], costs["cpu"]
-    scratch = 0 if search == "faiss" else here.search_bytes
     assert there.memory_bytes == here.memory_bytes > 0
     assert there.checkpoint_bytes == here.checkpoint_bytes
-    assert here.device_bytes - there.device_bytes == here.memory_bytes + scratch
+    assert here.device_bytes - there.device_bytes == here.memory_bytes + here.search_bytes
     assert there.host_bytes - there.index_bytes >= there.memory_bytes
     names = [line.split()[0] for line in there.lines()]
     assert names.index("memory") > names.index("host")

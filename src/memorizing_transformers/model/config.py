@@ -56,9 +56,10 @@ class MemoryConfig:
             last layer. [] builds a model without memory. Default: one layer at three quarters of
             the depth.
         search: How neighbours are found. exact finds all. bucketed is approximate and needs one
-            pass. faiss (faiss-ivf, faiss-hnsw, faiss-flat) runs on the host, for very large
-            memories. auto chooses by the memory's device and size, and the log says what it chose.
-            reference is slow and simple.
+            pass. cells is approximate, for large memories on a CPU: it scores the groups of similar
+            keys that look best. faiss (faiss-ivf, faiss-hnsw, faiss-flat) runs on the host, for
+            very large memories. auto chooses by the memory's device and size, and the log says what
+            it chose. reference is slow and simple.
         recall_target: Share of the true neighbours that an approximate search shall return, between
             0 and 1.
         search_bytes: Largest number of bytes of scores that exact and bucketed hold at once, in

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..memory import SEARCHES, STORAGE_DTYPES, make_search
+from ..memory.search.auto import choose_search
 from ..memory.search.kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
 from ..memory.search.kernels.score_blocks import SCORE_BYTES
 from ..memory.storage import slot_bytes
@@ -49,7 +50,7 @@ class Estimate:
     search_bytes: int
     """Scratch of a search: scores that live at once."""
     index_bytes: int
-    """Host copies of keys inside faiss indexes, links included; 0 for other searches."""
+    """Host copies of keys inside cells or faiss indexes, links included; 0 for other searches."""
     model_flops: float
     """Dense layers and local attention, forward and backward."""
     search_flops: float
@@ -80,24 +81,20 @@ class Estimate:
     def device_bytes(self) -> int:
         """Bytes that live where the model lives."""
         state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        memory = 0 if self.memory_on_host else self.memory_bytes + self._scratch_bytes
+        memory = 0 if self.memory_on_host else self.memory_bytes + self.search_bytes
         return state + memory + self.cache_bytes + self.activation_bytes + self.loss_bytes
 
     @property
     def host_bytes(self) -> int:
         """Bytes on the host, in addition to those of the device."""
-        memory = self.memory_bytes + self._scratch_bytes if self.memory_on_host else 0
+        memory = self.memory_bytes + self.search_bytes if self.memory_on_host else 0
         return self.index_bytes + memory
-
-    @property
-    def _scratch_bytes(self) -> int:
-        return 0 if self.index_bytes else self.search_bytes
 
     def lines(self) -> list[str]:
         """The estimate as aligned lines."""
         memory = [
             ("  memory", _bytes(self.memory_bytes)),
-            ("  search", _bytes(self._scratch_bytes)),
+            ("  search", _bytes(self.search_bytes)),
         ]
         rows = [
             ("parameters", f"{self.parameters:,}"),
@@ -228,13 +225,17 @@ def estimate(
     if GATES[memory.combine].needs_local_mass:
         masked -= memory_layers
 
+    on_host = memory.device == "cpu"
+    name = memory.search
+    if name == "auto":
+        device, asked = "cpu" if on_host else "cuda", segment * config.num_heads // groups
+        name = choose_search(device, memory.size, rows, groups, asked).name
     index_bytes = 0
-    indexed = SEARCHES[memory.search].index_bytes
+    indexed = SEARCHES[name].index_bytes
     if indexed is not None:
         index_bytes = rows * groups * memory.size * indexed(width) * memory_layers
     weight_bytes = 4 * parameters
     optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES.get(optimizer, 2.0))
-    on_host = memory.device == "cpu"
     room = memory.search_bytes or (HOST_SCORE_BYTES if on_host else SCORE_BYTES)
     scratch = min(room, 4 * tokens * heads * memory.size) if memory_layers else 0
     return Estimate(

@@ -10,7 +10,9 @@ from functools import partial
 
 from .auto import AutoSearch
 from .bucketed import BucketedSearch
+from .cells import CellSearch
 from .exact import ExactSearch
+from .kernels.cell_scan import CELL, HALVES
 from .protocol import Backend, Neighbours, Search
 from .reference import reference_search
 
@@ -30,6 +32,11 @@ def _auto(recall_target: float, score_bytes: int | None) -> Search:
     return AutoSearch(partial(make_search, recall_target=recall_target, score_bytes=score_bytes))
 
 
+def _cell_bytes(width: int) -> int:
+    # A copy of the key, its slot, and its part of what is kept of half a cell.
+    return 4 * width + 8 + 4 * (width + 1) * HALVES // CELL
+
+
 def _ivf_bytes(width: int) -> int:
     return 4 * width + 8
 
@@ -42,6 +49,7 @@ SEARCHES: dict[str, Backend] = {
     "auto": Backend(_auto),
     "exact": Backend(lambda recall_target, score_bytes: ExactSearch(score_bytes)),
     "bucketed": Backend(BucketedSearch, approximate=True),
+    "cells": Backend(CellSearch, approximate=True, index_bytes=_cell_bytes),
     "faiss": Backend(_faiss("ivf"), approximate=True, index_bytes=_ivf_bytes),
     "faiss-flat": Backend(_faiss("flat")),
     "faiss-ivf": Backend(_faiss("ivf"), approximate=True, index_bytes=_ivf_bytes),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..view import Readable
+from .cells import LEAST_QUERIES
 from .kernels.int8_scan import has_fast_int8
 from .policy import QUANTIZED_SLOTS, ROUGH_SLOTS
 from .protocol import Neighbours, Search
@@ -31,7 +32,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_search(device: str, size: int, rows: int, heads: int) -> Choice:
+def choose_search(device: str, size: int, rows: int, heads: int, queries: int) -> Choice:
     """The search that suits a memory.
 
     Args:
@@ -39,6 +40,7 @@ def choose_search(device: str, size: int, rows: int, heads: int) -> Choice:
         size: slots M a row.
         rows: rows B.
         heads: key/value heads G.
+        queries: queries of a head group Q.
     """
     pairs = f"{rows} rows x {heads} heads x {size} slots on {device}"
     bound = EXACT_UP_TO.get(device, EXACT_UP_TO["cuda"])
@@ -46,6 +48,9 @@ def choose_search(device: str, size: int, rows: int, heads: int) -> Choice:
         return Choice("exact", f"{pairs}: up to {bound} slots the exact search costs no more")
     if device == "cpu" and size > SCAN_UP_TO and find_spec("faiss") is not None:
         return Choice("faiss", f"{pairs}: beyond {SCAN_UP_TO} slots a scan would take too long")
+    if device == "cpu" and queries >= LEAST_QUERIES and not has_fast_int8():
+        reason = f"{pairs}: from {LEAST_QUERIES} queries on, most cells of keys need not be scored"
+        return Choice("cells", reason)
     return Choice("bucketed", f"{pairs}: beyond {bound} slots one approximate pass is cheaper")
 
 
@@ -64,7 +69,8 @@ class AutoSearch:
     def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         if self._search is None:
             batch, groups, size, _ = memory.keys.shape
-            self.choice = choose_search(memory.keys.device.type, size, batch, groups)
+            device, count = memory.keys.device.type, queries.shape[2]
+            self.choice = choose_search(device, size, batch, groups, count)
             self._search = self.make(self.choice.name)
             logger.info("memory search: %s (%s)", *self.choice)
         return self._search(queries, memory, top_k)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..gathered import dots, keys_of
 from ..view import Readable
 from .exact import ExactSearch
-from .protocol import Search
+from .protocol import Neighbours, Search
 
 
 @torch.no_grad()
@@ -33,7 +33,9 @@ def measured_recall(
     count = queries.shape[2]
     chosen = torch.linspace(0, count - 1, min(sample, count)).long().to(queries.device)
     asked = queries[:, :, chosen]
-    truth, found = ExactSearch()(asked, memory, top_k), search(asked, memory, top_k)
+    truth = ExactSearch()(asked, memory, top_k)
+    # Asked for all: how a search works may depend on their number.
+    found = Neighbours(*(x[:, :, chosen] for x in search(queries, memory, top_k)))
     scores = []
     for slots, valid in (truth, found):
         safe = slots.masked_fill(~valid, 0)
