@@ -10,7 +10,6 @@ import torch
 from memorizing_transformers.memory import Memory, Neighbours, make_search
 from memorizing_transformers.memory.search import auto
 from memorizing_transformers.memory.search.auto import EXACT_UP_TO, SCAN_UP_TO, choose_search
-from memorizing_transformers.memory.search.cells import LEAST_QUERIES
 from memorizing_transformers.memory.search.recall import measured_recall
 from memorizing_transformers.memory.search.reference import reference_search
 
@@ -35,12 +34,25 @@ def test_a_memory_too_large_to_scan_gets_an_index() -> None:
     assert choose_search("cpu", SCAN_UP_TO + 1, 1, 1, 64).name == "faiss"
 
 
-def test_many_queries_on_a_cpu_without_int8_get_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = EXACT_UP_TO["cpu"] + 1
-    for fast, name in ((False, "cells"), (True, "bucketed")):
-        monkeypatch.setattr(auto, "has_fast_int8", lambda fast=fast: fast)
-        assert choose_search("cpu", size, 2, 8, LEAST_QUERIES).name == name
-    assert choose_search("cuda", size, 2, 8, LEAST_QUERIES).name == "bucketed"
+@pytest.mark.parametrize(
+    ("size", "queries", "fast_int8", "name"),
+    [
+        (16384, 2048, False, "cells"),
+        (16384, 1024, False, "exact"),
+        (65536, 512, False, "cells"),
+        (65536, 256, False, "bucketed"),
+        (65536, 4096, True, "bucketed"),
+        (SCAN_UP_TO + 1, 4096, False, "faiss"),
+    ],
+)
+def test_many_queries_on_a_cpu_without_int8_get_cells(
+    size: int, queries: int, fast_int8: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(auto, "has_fast_int8", lambda: fast_int8)
+    monkeypatch.setitem(EXACT_UP_TO, "cpu", 32768)
+    assert choose_search("cpu", size, 2, 8, queries).name == name
+    assert choose_search("cuda", size, 2, 8, queries).name != "cells"
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -26,6 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells from the first few slots and queries on."""
     monkeypatch.setattr(cells, "LEAST_SLOTS", 1)
     monkeypatch.setattr(cells, "LEAST_QUERIES", 1)
+    monkeypatch.setattr(cells, "LEAST_SCORES", 1)
 
 
 def clustered(count: int, seed: int, rows: int = 2) -> Tensor:

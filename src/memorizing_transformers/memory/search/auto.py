@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..view import Readable
-from .cells import LEAST_QUERIES
+from .cells import cells_pay
 from .kernels.int8_scan import has_fast_int8
 from .policy import QUANTIZED_SLOTS, ROUGH_SLOTS
 from .protocol import Neighbours, Search
@@ -43,14 +43,14 @@ def choose_search(device: str, size: int, rows: int, heads: int, queries: int) -
         queries: queries of a head group Q.
     """
     pairs = f"{rows} rows x {heads} heads x {size} slots on {device}"
+    scans = size <= SCAN_UP_TO and device == "cpu" and not has_fast_int8()
+    if scans and cells_pay(size, queries):
+        return Choice("cells", f"{pairs}, {queries} queries: most keys need not be scored")
     bound = EXACT_UP_TO.get(device, EXACT_UP_TO["cuda"])
     if size <= bound:
         return Choice("exact", f"{pairs}: up to {bound} slots the exact search costs no more")
     if device == "cpu" and size > SCAN_UP_TO and find_spec("faiss") is not None:
         return Choice("faiss", f"{pairs}: beyond {SCAN_UP_TO} slots a scan would take too long")
-    if device == "cpu" and queries >= LEAST_QUERIES and not has_fast_int8():
-        reason = f"{pairs}: from {LEAST_QUERIES} queries on, most cells of keys need not be scored"
-        return Choice("cells", reason)
     return Choice("bucketed", f"{pairs}: beyond {bound} slots one approximate pass is cheaper")
 
 

@@ -29,7 +29,9 @@ LEAST_SLOTS = 16384
 """With fewer slots in use, to choose cells costs what it saves."""
 LEAST_QUERIES = 512
 """For fewer queries a head, likewise: a cell would be scored for too few at once."""
-PROBES = 0.11
+LEAST_SCORES = 2**25
+"""For fewer slots times queries of a head, likewise: to make cells costs what it saves."""
+PROBES = 0.12
 """Cells a query in 1,024 cells, for each neighbour and each share of them that may be missed."""
 GROWTH = 0.4
 """By which power of the number of cells that grows. Both measured on keys of trained models."""
@@ -37,6 +39,13 @@ KEYS_FIND = 0.75
 """Where keys, as queries, find less than this share of the target, they have too little structure
 for cells. At a target of 0.95, 65,536 random keys find 0.35, those of trained models 0.85 or more.
 """
+
+
+def cells_pay(slots: int, queries: int) -> bool:
+    """Whether cells save more than they cost, for so many queries of a head."""
+    if slots < LEAST_SLOTS or queries < LEAST_QUERIES:
+        return False
+    return slots * queries >= LEAST_SCORES
 
 
 @dataclass
@@ -78,14 +87,16 @@ class CellSearch:
     @torch.no_grad()
     def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
         batch, groups, count, _ = queries.shape
-        if queries.device.type != "cpu" or memory.max_fill < LEAST_SLOTS or count < LEAST_QUERIES:
+        if queries.device.type != "cpu" or not cells_pay(memory.max_fill, count):
             return self.otherwise(queries, memory, top_k)
         slots = torch.empty(batch, groups, count, top_k, dtype=torch.int64)
         valid = torch.ones(slots.shape, dtype=torch.bool)
+        # Tiles of queries have empty places.
+        scratch = torch.empty(self.score_bytes // 4 * 5 // 4)
         state = torch.stack([memory.written - memory.origin, memory.fill, memory.document]).tolist()
         for row, (end, fill, document) in enumerate(zip(*state, strict=True)):
             heads: list[tuple[_Head, int]] = []
-            if fill == min(end, memory.size) >= LEAST_SLOTS:
+            if fill == min(end, memory.size) and cells_pay(fill, count):
                 heads = self._heads_of(memory, row, end, document, top_k)
             if not heads:
                 alone = MemoryView(memory.base, [memory.owner(row)])
@@ -97,7 +108,7 @@ class CellSearch:
                 for start in range(0, count, step):
                     part = slice(start, start + step)
                     own = queries[row, head, part].float()
-                    slots[row, head, part] = cells.search(own, top_k, probes)
+                    slots[row, head, part] = cells.search(own, top_k, probes, scratch)
         return Neighbours(slots, valid)
 
     def _heads_of(

@@ -78,16 +78,20 @@ class Cells:
         halves = torch.cat([self.halves, more.halves], 1)
         return Cells(torch.cat([self.slots, more.slots]), self.keys, halves)
 
-    def search(self, queries: Tensor, top_k: int, probes: int) -> Tensor:
+    def search(
+        self, queries: Tensor, top_k: int, probes: int, scratch: Tensor | None = None
+    ) -> Tensor:
         """Slots (n, top_k) of the best keys of the chosen cells, best first.
 
         Args:
             queries: (n, D) fp32.
             top_k: at most the keys that ``probes`` cells hold.
             probes: cells a query, at most P.
+            scratch: numbers to write scores over, where there is room for all; memory that is new
+                costs a part of the time.
         """
         pairs = _Pairs.of(self._best_cells(queries, probes), len(self.slots))
-        scores = self._scores(queries, pairs)
+        scores = self._scores(queries, pairs, scratch)
         return self._best_slots(scores, pairs, top_k)
 
     def recall_of_keys(self, top_k: int, probes: int) -> float:
@@ -108,10 +112,13 @@ class Cells:
         looks = looks.view(len(queries), -1, HALVES).amax(2)
         return looks.topk(probes, dim=1, sorted=False).indices
 
-    def _scores(self, queries: Tensor, pairs: _Pairs) -> Tensor:
+    def _scores(self, queries: Tensor, pairs: _Pairs, scratch: Tensor | None) -> Tensor:
         """Scores (tiles * T, L) of the queries of each place with the keys of its cell."""
         places, width = pairs.queries.view(len(pairs.cells), -1), queries.shape[1]
-        scores = torch.empty(*places.shape, CELL)
+        needed = places.numel() * CELL
+        if scratch is None or scratch.numel() < needed:
+            scratch = torch.empty(needed)
+        scores = scratch[:needed].view(*places.shape, CELL)
         for start in range(0, len(places), TILES):
             part = slice(start, start + TILES)
             asked = queries.index_select(0, places[part].flatten()).view(*places[part].shape, width)
