@@ -1,0 +1,134 @@
+"""Memories that were compressed: the formulas, no leak, and no copies of single pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from small import make_data, make_module, make_trainer, write_texts
+
+from memorizing_studies.rivals.compressed_memory import CompressedMemory, read_matrix, read_means
+from memorizing_transformers.errors import ConfigError
+
+KINDS = pytest.mark.parametrize("kind", ["mean", "linear"])
+
+
+class Seen(Callback):
+    """Keeps the loss of each token by document."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, list[float]] = {}
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        for document, loss, there in zip(
+            outputs["document"].tolist(), outputs["loss"], batch.mask, strict=True
+        ):
+            self.losses.setdefault(document, []).extend(loss[there].tolist())
+
+
+def losses(texts: Path, *callbacks: Callback, rows: int = 1) -> dict[int, list[float]]:
+    seen = Seen()
+    trainer = make_trainer(callbacks=[*callbacks, seen])
+    data = make_data(texts, eval_rows=rows)
+    trainer.predict(make_module(), datamodule=data, return_predictions=False)
+    return seen.losses
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("compressed") / "texts")
+
+
+def stored(used: int, slots: int = 7) -> tuple[torch.Tensor, ...]:
+    """Queries, keys, values and which slots are used, of two rows: one full, one of ``used``."""
+    draw = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(2, 1, n, 4, generator=draw) for n in (3, slots, slots))
+    valid = torch.arange(slots) < torch.tensor([[slots], [used]])
+    there = valid[:, None, :, None]
+    return queries, keys * there, values * there, valid
+
+
+@pytest.mark.parametrize("used", [1, 3, 4, 7])
+@pytest.mark.parametrize("pool", [1, 2, 3, 10])
+def test_means_of_consecutive_pairs_are_attended_to(pool: int, used: int) -> None:
+    queries, keys, values, valid = stored(used)
+    output, log_mass = read_means(queries, keys, values, valid, pool)
+    for row, count in enumerate((7, used)):
+        ends = range(0, count, pool)
+        pooled = [
+            torch.stack([x[row, 0, a : min(a + pool, count)].mean(0) for a in ends])
+            for x in (keys, values)
+        ]
+        scores = queries[row, 0] @ pooled[0].T
+        torch.testing.assert_close(output[row, 0], scores.softmax(-1) @ pooled[1])
+        torch.testing.assert_close(log_mass[row, 0], scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("used", [1, 7])
+def test_a_matrix_is_linear_attention_to_all_pairs(used: int) -> None:
+    queries, keys, values, valid = stored(used)
+    output, log_mass = read_matrix(queries, keys, values, valid)
+    for row, count in enumerate((7, used)):
+        weights = (F.elu(queries[row, 0]) + 1) @ (F.elu(keys[row, 0, :count]) + 1).T
+        mass = weights.sum(-1)
+        torch.testing.assert_close(log_mass[row, 0], mass.log())
+        torch.testing.assert_close(output[row, 0], weights @ values[row, 0, :count] / mass[:, None])
+
+
+@KINDS
+def test_a_document_reads_itself_alone(texts: Path, kind: Any) -> None:
+    plain, alone, together = (
+        losses(texts, *more, rows=rows)
+        for more, rows in (
+            ([], 1),
+            ([CompressedMemory(kind)], 1),
+            ([CompressedMemory(kind)], 3),
+        )
+    )
+    for document, values in alone.items():
+        assert values[:16] == pytest.approx(plain[document][:16], abs=1e-6)
+        assert values[16:] != pytest.approx(plain[document][16:], abs=1e-6)
+        assert values == pytest.approx(together[document], abs=1e-5)
+
+
+@KINDS
+def test_the_end_of_a_text_changes_no_loss_before_it(
+    texts: Path, tmp_path: Path, kind: Any
+) -> None:
+    other = tmp_path / "texts"
+    other.mkdir()
+    for file in texts.iterdir():
+        text = file.read_text("utf-8")
+        (other / file.name).write_text(text[:-40] + "z" * 40, "utf-8")
+    one, changed = (losses(folder, CompressedMemory(kind)) for folder in (texts, other))
+    for document, values in one.items():
+        assert values[:-41] == changed[document][:-41]
+        assert values[-30:] != changed[document][-30:]
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_it_trains(texts: Path, kind: Any, dtype: str) -> None:
+    module = make_module(dtype=dtype)
+    trainer = make_trainer(callbacks=[CompressedMemory(kind)], max_steps=6)
+    trainer.fit(module, datamodule=make_data(texts))
+    gates = [reader.gate.learned() for reader in module.net.readers().values()]
+    plain = make_module(dtype=dtype)
+    make_trainer(max_steps=6).fit(plain, datamodule=make_data(texts))
+    others = [reader.gate.learned() for reader in plain.net.readers().values()]
+    assert all(torch.isfinite(x).all() for x in gates)
+    assert not all(torch.equal(a, b) for a, b in zip(gates, others, strict=True))
+
+
+def test_copies_and_an_empty_pool_are_refused(texts: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        CompressedMemory(pool=0)
+    trainer = make_trainer(callbacks=[CompressedMemory()])
+    with pytest.raises(ConfigError, match=r"model\.memory\.copy"):
+        trainer.test(make_module(copy=["neighbours"]), datamodule=make_data(texts))
