@@ -126,9 +126,13 @@ def test_it_trains(texts: Path, kind: Any, dtype: str) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(gates, others, strict=True))
 
 
-def test_copies_and_an_empty_pool_are_refused(texts: Path) -> None:
+def test_copies_compiled_code_and_an_empty_pool_are_refused(texts: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         CompressedMemory(pool=0)
     trainer = make_trainer(callbacks=[CompressedMemory()])
     with pytest.raises(ConfigError, match=r"model\.memory\.copy"):
         trainer.test(make_module(copy=["neighbours"]), datamodule=make_data(texts))
+    module = make_module()
+    module.config.compile = True
+    with pytest.raises(ConfigError, match=r"model\.compile"):
+        trainer.test(module, datamodule=make_data(texts))

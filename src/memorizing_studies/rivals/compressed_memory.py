@@ -77,8 +77,10 @@ class CompressedMemory(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a copy head: it needs single pairs."""
+        """Refuse a copy head, which needs single pairs, and compiled code, which reads others."""
         module: Any = pl_module
+        if module.config.compile:
+            raise ConfigError("model.compile", True, "must be false to compress the memory")
         if module.config.memory.copy:
             raise ConfigError(
                 "model.memory.copy", module.config.memory.copy, "must be [] to compress the memory"
