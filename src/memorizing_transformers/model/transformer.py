@@ -5,7 +5,7 @@ Shapes: B rows, N segment, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..memory import (
     STORAGE_DTYPES,
+    LentMemory,
     Memory,
     MemoryBank,
+    OpenCache,
     OpenSegment,
     Pairs,
     SegmentPairs,
     XLCache,
+    can_lend,
     make_search,
 )
 from .attention import Attention, MemoryLayerAttention
+from .compiled import run_whole
 from .config import ModelConfig
 from .forecast import forecast
 from .layer import First, Layer
@@ -191,19 +195,71 @@ class Transformer(MemorizingNet):
         if bank.batch_size != input_ids.shape[0]:
             # A bank of one row would broadcast, and every row read its memory.
             raise ValueError(f"a bank of {bank.batch_size} rows got {input_ids.shape[0]} rows")
-        new_ids, before = input_ids, bank.caches.get
         if open_segment is not None:
-            before = open_segment.before  # type: ignore[assignment]
+            new_ids, before = input_ids, open_segment.before
             input_ids = torch.cat([open_segment.input_ids.to(new_ids), new_ids], 1)
+            output = self._read(new_ids, input_ids, before, bank.memories, targets)
+            open_segment.append(new_ids, output.pairs)
+            return output
+        if not (self.config.compile and self._is_whole(bank)):
+            return self._read(input_ids, input_ids, bank.caches.get, bank.memories, targets)
+        output = run_whole(
+            Transformer._read_lent,
+            self,
+            (targets is None, *bank.memories, None, *bank.caches),
+            input_ids,
+            bank.caches,
+            self._lent(bank),
+            targets,
+        )
+        return output
+
+    def _is_whole(self, bank: MemoryBank) -> bool:
+        """Whether one graph can read this bank with these weights: not if they are sharded."""
+        plain = all(type(weight) is nn.Parameter for weight in self.layers[-1].parameters())
+        return plain and all(map(can_lend, bank.memories.values()))
+
+    def _lent(self, bank: MemoryBank) -> dict[int, LentMemory]:
+        repeats = None if self.copy_head is None else self.copy_head.repeats
+        readers = self.readers()
+        return {
+            layer: LentMemory(memory, memory.search or readers[layer].search, repeats)
+            for layer, memory in bank.memories.items()
+        }
+
+    def _read_lent(
+        self,
+        input_ids: Tensor,
+        caches: Mapping[int, XLCache],
+        memories: Mapping[int, Any],
+        targets: Tensor | None,
+    ) -> ModelOutput:
+        return self._read(input_ids, input_ids, caches.get, memories, targets)
+
+    def _read(
+        self,
+        new_ids: Tensor,
+        input_ids: Tensor,
+        before: Callable[[int], OpenCache | XLCache | None],
+        memories: Mapping[int, Any],
+        targets: Tensor | None,
+    ) -> ModelOutput:
+        """What ``forward`` does: a function of tensors, in which no branch depends on their values.
+
+        Args:
+            new_ids: (B, N) the tokens that are read.
+            input_ids: (B, n + N) those of the segment up to there.
+            before: by layer, what they see before them.
+            memories: by layer.
+            targets: (B, N), or None.
+        """
         embedded = self.dropout(self.embedding(new_ids))
         count = self.config.num_layers
-        x, _, pairs, retrievals = self._layers(embedded, count, before, bank, input_ids)
+        x, _, pairs, retrievals = self._layers(embedded, count, before, memories, input_ids)
         x = self.dropout(self.norm(x))
-        output = self._predict(x, input_ids, bank, retrievals, targets)
+        output = self._predict(x, input_ids, memories, retrievals, targets)
         output.pairs = SegmentPairs(pairs, pairs)
         output.retrievals = {number: one.detach() for number, one in retrievals.items()}
-        if open_segment is not None:
-            open_segment.append(new_ids, output.pairs)
         return output
 
     def score(self, input_ids: Tensor, memory: MemoryBank | None, targets: Tensor) -> ModelOutput:
@@ -215,7 +271,7 @@ class Transformer(MemorizingNet):
         self,
         x: Tensor,
         input_ids: Tensor,
-        bank: MemoryBank,
+        memories: Mapping[int, Any],
         retrievals: dict[int, Retrieval],
         targets: Tensor | None,
     ) -> ModelOutput:
@@ -224,7 +280,7 @@ class Transformer(MemorizingNet):
         found = copied = None
         if self.copy_head is not None and retrievals:
             last = max(retrievals)
-            where = (bank.memories[last], retrievals[last])
+            where = (memories[last], retrievals[last])
             found = self.copy_head.find(x, input_ids, *where, len(weight))
         if targets is None:
             logits = F.linear(hidden, weight)
@@ -242,8 +298,8 @@ class Transformer(MemorizingNet):
         self,
         embedded: Tensor,
         count: int,
-        before: Callable[[int], XLCache | None],
-        bank: MemoryBank,
+        before: Callable[[int], OpenCache | XLCache | None],
+        memories: Mapping[int, Any],
         input_ids: Tensor,
     ) -> tuple[Tensor, First | None, dict[int, Pairs], dict[int, Retrieval]]:
         """The first ``count`` layers: their output, what later ones need, pairs and retrievals."""
@@ -251,7 +307,7 @@ class Transformer(MemorizingNet):
         pairs: dict[int, Pairs] = {}
         retrievals: dict[int, Retrieval] = {}
         for index, layer in enumerate(list(self.layers)[:count]):
-            memory = bank.memories.get(index)
+            memory = memories.get(index)
             x, (keys, values), retrieval = layer(x, before(index), memory, input_ids, first)
             pairs[index] = (keys.detach(), values.detach())
             if retrieval is not None:
@@ -269,8 +325,8 @@ class Transformer(MemorizingNet):
         last = max(self.config.memory_layers)
         input_ids = input_ids.to(self.embedding.weight.device)
         embedded = self.dropout(self.embedding(input_ids))
-        before = memory.caches.get
-        x, first, pairs, _ = self._layers(embedded, last, before, memory, input_ids)
+        before, memories = memory.caches.get, memory.memories
+        x, first, pairs, _ = self._layers(embedded, last, before, memories, input_ids)
         layer = self.layers[last]
         assert isinstance(layer, Layer)
         pairs[last] = layer.pairs(x, first)
