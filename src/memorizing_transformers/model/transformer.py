@@ -34,6 +34,7 @@ from .forecast import forecast
 from .layer import First, Layer
 from .mixing import CopyHead
 from .network import MemorizingNet, ModelOutput
+from .opaque_forecast import run_in_graph
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
 
@@ -287,7 +288,9 @@ class Transformer(MemorizingNet):
             if self.copy_head is not None and found is not None:
                 logits, copied = self.copy_head.mix(logits, found)
             return ModelOutput(logits, SegmentPairs({}, {}), copied=copied)
-        own = forecast(hidden, weight, targets, None if found is None else found.tokens)
+        tokens = None if found is None else found.tokens
+        run = run_in_graph if torch.compiler.is_compiling() else None
+        own = forecast(hidden, weight, targets, tokens, run=run)
         nll, best = own.nll, own.best
         if self.copy_head is not None and found is not None:
             nll, best, copied = self.copy_head.score(own, targets, found)
