@@ -6,7 +6,7 @@ Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 from .attend import MemoryAttention, attend, merge, scores_of
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
-from .lent import LentMemory, can_lend
+from .lent import LentMemory, can_lend, lend
 from .mapped import mapped
 from .open_segment import OpenCache, OpenSegment
 from .placed import PlacedMemory
@@ -39,6 +39,7 @@ __all__ = [
     "attend",
     "can_lend",
     "drop_drifted",
+    "lend",
     "make_search",
     "mapped",
     "merge",

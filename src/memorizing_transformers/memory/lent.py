@@ -1,4 +1,4 @@
-"""A memory inside a compiled graph: counts as tensors, and ops that the compiler does not look into.
+"""A memory inside a compiled graph: counts as tensors, and ops whose inside the compiler skips.
 
 Of a memory the host knows numbers that change with every write, which a compiler would take for
 constants. So a graph is lent copies of the counts, and a ticket: a tensor that holds a number. By
@@ -12,6 +12,7 @@ Shapes: B rows, G key/value heads, Q queries, K neighbours, M slots, D head widt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import finalize
@@ -60,9 +61,7 @@ class LentMemory(Slots):
     owners: None = None
     library: None = None
 
-    def __init__(
-        self, memory: Memory, search: Search, repeats: RepeatSearch | None = None
-    ) -> None:
+    def __init__(self, memory: Memory, search: Search, repeats: RepeatSearch | None = None) -> None:
         self.size = memory.size
         self.width = memory.keys.shape[-1]
         live = torch.is_grad_enabled()
@@ -98,6 +97,22 @@ class LentMemory(Slots):
     def weighted_sum(self, slots: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
         """Sums (B, G, Q, D) of the values at ``slots`` by weights (B, G, Q, K) fp32."""
         return _weighted_sum(weights, slots, valid, self.ticket, True, self.width)
+
+
+def lend(
+    memories: Mapping[int, Memory], searches: Mapping[int, Search], repeats: RepeatSearch | None
+) -> dict[int, LentMemory]:
+    """What a graph gets of memories, by layer.
+
+    Args:
+        memories: by layer.
+        searches: by layer, how those are searched that have no search of their own.
+        repeats: as ``LentMemory`` takes it.
+    """
+    return {
+        layer: LentMemory(memory, memory.search or searches[layer], repeats)
+        for layer, memory in memories.items()
+    }
 
 
 def _loan(ticket: Tensor) -> _Loan:

@@ -6,6 +6,8 @@ R = H / G query heads a key/value head, D head width, K neighbours.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +105,7 @@ class Attention(nn.Module):
         in_graph = torch.compiler.is_compiling()
         asks = not (q.is_cuda or in_graph)  # else it would wait, or break the graph
         hidden = None if seen is None or (asks and bool(seen.all())) else ~seen
-        attend = opaque_local_attention if in_graph else local_attention
+        attend: Any = opaque_local_attention if in_graph else local_attention
         attend = flex_local_attention if flexible else attend
         output, mass = attend(q, k, v, near, hidden, with_mass)
         return output, mass if mass is None else mass + far[:, None]

@@ -52,7 +52,8 @@ def compilable(method: Method) -> Method:
     def run(self: Any, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not self.compile_dense:
             return method(self, *arguments)
-        return _compiled(method, type(self), _mode())(self, *arguments)
+        kind: Any = type(self)
+        return _compiled(method, kind, _mode())(self, *arguments)
 
     return run  # type: ignore[return-value]
 

@@ -25,7 +25,7 @@ def run_in_graph(
     candidates: Tensor | None,
     cap: None,
 ) -> tuple[Tensor, ...]:
-    """What ``forecast`` runs in a graph, without bias and cap; one chunk is left to the compiler."""
+    """What ``forecast`` runs in a graph, without bias and cap; a single chunk is compiled."""
     size = chunk_tokens(len(targets), len(weight))
     if size == len(targets):
         made: tuple[Tensor, ...] = run_forecast(hidden, weight, bias, targets, candidates, cap)
@@ -68,9 +68,7 @@ def _backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, size: int, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     known = (hidden, weight, None, targets)
-    for_hidden, for_weight, _ = loss_gradients(
-        *known, None, None, size, grad, (True, True, False)
-    )
+    for_hidden, for_weight, _ = loss_gradients(*known, None, None, size, grad, (True, True, False))
     assert for_hidden is not None
     assert for_weight is not None
     return for_hidden, for_weight

@@ -5,7 +5,7 @@ Shapes: B rows, N segment, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..memory import (
     STORAGE_DTYPES,
-    LentMemory,
     Memory,
     MemoryBank,
-    OpenCache,
     OpenSegment,
     Pairs,
     SegmentPairs,
     XLCache,
     can_lend,
+    lend,
     make_search,
 )
 from .attention import Attention, MemoryLayerAttention
@@ -196,67 +195,49 @@ class Transformer(MemorizingNet):
         if bank.batch_size != input_ids.shape[0]:
             # A bank of one row would broadcast, and every row read its memory.
             raise ValueError(f"a bank of {bank.batch_size} rows got {input_ids.shape[0]} rows")
+        new_ids = input_ids
+        caches: Mapping[int, Any] = bank.caches
         if open_segment is not None:
-            new_ids, before = input_ids, open_segment.before
+            caches = {layer: open_segment.before(layer) for layer in range(len(self.layers))}
             input_ids = torch.cat([open_segment.input_ids.to(new_ids), new_ids], 1)
-            output = self._read(new_ids, input_ids, before, bank.memories, targets)
+        given = (new_ids, input_ids, caches)
+        if self.config.compile and open_segment is None and self._fits_one_graph(bank):
+            like = (targets is None, *bank.memories, None, *caches)
+            searches = {layer: reader.search for layer, reader in self.readers().items()}
+            repeats = None if self.copy_head is None else self.copy_head.repeats
+            lent = lend(bank.memories, searches, repeats)
+            output = run_whole(Transformer._read, self, like, *given, lent, targets)
+        else:
+            output = self._read(*given, bank.memories, targets)
+        if open_segment is not None:
             open_segment.append(new_ids, output.pairs)
-            return output
-        if not (self.config.compile and self._is_whole(bank)):
-            return self._read(input_ids, input_ids, bank.caches.get, bank.memories, targets)
-        output = run_whole(
-            Transformer._read_lent,
-            self,
-            (targets is None, *bank.memories, None, *bank.caches),
-            input_ids,
-            bank.caches,
-            self._lent(bank),
-            targets,
-        )
         return output
 
-    def _is_whole(self, bank: MemoryBank) -> bool:
+    def _fits_one_graph(self, bank: MemoryBank) -> bool:
         """Whether one graph can read this bank with these weights: not if they are sharded."""
         plain = all(type(weight) is nn.Parameter for weight in self.layers[-1].parameters())
         return plain and all(map(can_lend, bank.memories.values()))
-
-    def _lent(self, bank: MemoryBank) -> dict[int, LentMemory]:
-        repeats = None if self.copy_head is None else self.copy_head.repeats
-        readers = self.readers()
-        return {
-            layer: LentMemory(memory, memory.search or readers[layer].search, repeats)
-            for layer, memory in bank.memories.items()
-        }
-
-    def _read_lent(
-        self,
-        input_ids: Tensor,
-        caches: Mapping[int, XLCache],
-        memories: Mapping[int, Any],
-        targets: Tensor | None,
-    ) -> ModelOutput:
-        return self._read(input_ids, input_ids, caches.get, memories, targets)
 
     def _read(
         self,
         new_ids: Tensor,
         input_ids: Tensor,
-        before: Callable[[int], OpenCache | XLCache | None],
+        caches: Mapping[int, Any],
         memories: Mapping[int, Any],
         targets: Tensor | None,
     ) -> ModelOutput:
-        """What ``forward`` does: a function of tensors, in which no branch depends on their values.
+        """What ``forward`` does, as a function of tensors.
 
         Args:
             new_ids: (B, N) the tokens that are read.
             input_ids: (B, n + N) those of the segment up to there.
-            before: by layer, what they see before them.
+            caches: by layer, what they see before them.
             memories: by layer.
             targets: (B, N), or None.
         """
         embedded = self.dropout(self.embedding(new_ids))
         count = self.config.num_layers
-        x, _, pairs, retrievals = self._layers(embedded, count, before, memories, input_ids)
+        x, _, pairs, retrievals = self._layers(embedded, count, caches, memories, input_ids)
         x = self.dropout(self.norm(x))
         output = self._predict(x, input_ids, memories, retrievals, targets)
         output.pairs = SegmentPairs(pairs, pairs)
@@ -301,7 +282,7 @@ class Transformer(MemorizingNet):
         self,
         embedded: Tensor,
         count: int,
-        before: Callable[[int], OpenCache | XLCache | None],
+        caches: Mapping[int, Any],
         memories: Mapping[int, Any],
         input_ids: Tensor,
     ) -> tuple[Tensor, First | None, dict[int, Pairs], dict[int, Retrieval]]:
@@ -311,7 +292,7 @@ class Transformer(MemorizingNet):
         retrievals: dict[int, Retrieval] = {}
         for index, layer in enumerate(list(self.layers)[:count]):
             memory = memories.get(index)
-            x, (keys, values), retrieval = layer(x, before(index), memory, input_ids, first)
+            x, (keys, values), retrieval = layer(x, caches.get(index), memory, input_ids, first)
             pairs[index] = (keys.detach(), values.detach())
             if retrieval is not None:
                 retrievals[index] = retrieval
@@ -328,8 +309,8 @@ class Transformer(MemorizingNet):
         last = max(self.config.memory_layers)
         input_ids = input_ids.to(self.embedding.weight.device)
         embedded = self.dropout(self.embedding(input_ids))
-        before, memories = memory.caches.get, memory.memories
-        x, first, pairs, _ = self._layers(embedded, last, before, memories, input_ids)
+        stores = (memory.caches, memory.memories)
+        x, first, pairs, _ = self._layers(embedded, last, *stores, input_ids)
         layer = self.layers[last]
         assert isinstance(layer, Layer)
         pairs[last] = layer.pairs(x, first)
