@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_wholes: WeakKeyDictionary[nn.Module, dict[Hashable, Callable[..., Any]]] = WeakKeyDictionary()
-"""By module and by what a call is like, what runs."""
+_Way = tuple[torch.Size | None, Callable[..., Any]]
+_wholes: WeakKeyDictionary[nn.Module, dict[Hashable, _Way]] = WeakKeyDictionary()
+"""By module and kind of call: the shape that it is for, None for all others, and what runs."""
 
 
 def _compile(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -59,28 +60,37 @@ def compilable(method: Method) -> Method:
 
 
 def run_whole(
-    method: Callable[..., Any], module: nn.Module, like: Hashable, *arguments: Any
+    method: Callable[..., Any], module: nn.Module, like: Hashable, ids: Tensor, *arguments: Any
 ) -> Any:
     """Call a module's method as one compiled graph.
 
-    Where the compiler fails, or has made as many variants as torch allows, the log says so once,
-    and from then on such calls run the method as it is.
+    The first shape of each kind of call has code of its own, whatever other kinds came before; so
+    a run that resumes compiles the same code. All other shapes share variants. Where the compiler
+    fails, or has made as many variants as torch allows, the log says so once, and from then on such
+    calls run the method as it is.
 
     Args:
-        method: takes the module and ``arguments``.
+        method: takes the module, ``ids`` and ``arguments``.
         module: whose weights it uses.
-        like: what calls that share variants have in common, apart from the mode of gradients.
+        like: what calls of one kind have in common, apart from the mode of gradients.
+        ids: (B, N), whose shape decides all others.
+        arguments: the others.
     """
     ways = _wholes.setdefault(module, {})
-    key = (method, _mode(), module.training, like)
-    if key not in ways:
-        ways[key] = _compile(method, fullgraph=True)
+    kind: Hashable = (method, *_mode(), module.training, like)
+    if kind not in ways:
+        ways[kind] = (ids.shape, _compile(method, fullgraph=True, dynamic=False))
+    if ids.shape != ways[kind][0]:
+        kind = (kind, "other shapes")
+        if kind not in ways:
+            ways[kind] = (None, _compile(method, fullgraph=True))
+    shape, run = ways[kind]
     try:
-        return ways[key](module, *arguments)
+        return run(module, ids, *arguments)
     except Exception as error:
-        if ways[key] is method or not type(error).__module__.startswith("torch."):
+        if run is method or not type(error).__module__.startswith("torch."):
             raise
-        first = str(error).strip().splitlines()[0]
-        logger.warning("the model is not compiled as one graph but in parts: %s", first)
-        ways[key] = method
-    return method(module, *arguments)
+        said = str(error).strip().splitlines()[0]
+        logger.warning("the model is not compiled as one graph but in parts: %s", said)
+        ways[kind] = (shape, method)
+    return method(module, ids, *arguments)
