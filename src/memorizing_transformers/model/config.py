@@ -206,7 +206,7 @@ class ModelConfig:
         compile: Compile the forward pass of a segment and its loss as one graph with torch.compile;
             search and reads of the memory are ops in it. Where that is not possible, compile
             projections and feed-forward layers alone. Costs a minute or two at the start; a CPU
-            needs a C++ compiler and gains nothing. Run-time setting.
+            needs a C++ compiler and is not faster. Run-time setting.
         memory: Settings of the external memory.
     """
 
