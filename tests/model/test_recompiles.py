@@ -55,7 +55,7 @@ def test_many_batch_sizes_need_few_graphs_and_none_runs_eagerly(graphs: list[Any
                     bank.commit(plain(ids, bank).pairs)
                     assert torch.equal(logits, plain(ids, bank).logits)
                 counts.append(len(graphs))
-    methods = 3  # projections of two classes of attention, and the feed-forward part
+    methods = 1  # reading a segment
     assert counts[0] == methods * len(MODES)
     assert counts[3] == counts[11]
     assert counts[15] == counts[-1] <= 5 * counts[0]

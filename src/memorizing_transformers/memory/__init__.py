@@ -3,9 +3,10 @@
 Plain torch. Knows keys, values, rows and ages, never a particular transformer.
 """
 
-from .attend import MemoryAttention, attend, merge
+from .attend import MemoryAttention, attend, merge, scores_of
 from .bank import MemoryBank, Pairs, SegmentPairs
 from .cache import XLCache
+from .lent import LentMemory, can_lend, lend
 from .mapped import mapped
 from .open_segment import OpenCache, OpenSegment
 from .placed import PlacedMemory
@@ -19,6 +20,7 @@ from .view import MemoryView, Readable
 __all__ = [
     "SEARCHES",
     "STORAGE_DTYPES",
+    "LentMemory",
     "Memory",
     "MemoryAttention",
     "MemoryBank",
@@ -35,9 +37,12 @@ __all__ = [
     "SegmentPairs",
     "XLCache",
     "attend",
+    "can_lend",
     "drop_drifted",
+    "lend",
     "make_search",
     "mapped",
     "merge",
     "refresh",
+    "scores_of",
 ]

@@ -8,13 +8,15 @@ and gate), never the stored pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .gathered import dots, keys_of, values_of, weighted_sum
+from .lent import LentMemory
 from .search import Neighbours
 from .view import Readable
 
@@ -49,16 +51,11 @@ def attend(
         softcap: bound c of the scores, which become ``c tanh(score / c)`` before the bias is added,
             or None.
     """
-    slots, valid = neighbours
-    slots = slots.masked_fill(~valid, 0)
-    # An empty slot may hold anything, and 0 x NaN is NaN. Asking costs a wait on a GPU.
-    counted = valid if queries.is_cuda or not valid.all() else None
+    valid = neighbours.valid
     live = queries.requires_grad or (bias is not None and bias.requires_grad)
-    differentiated = torch.is_grad_enabled() and live
-    reading = memory.snapshot() if differentiated else None
     with torch.autocast(queries.device.type, enabled=False):
-        keys = keys_of(memory, slots, counted, reading)
-        scores = dots(queries.float(), keys)
+        score, mean = _products(memory, neighbours, torch.is_grad_enabled() and live)
+        scores = score(queries.float())
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
@@ -67,9 +64,29 @@ def attend(
         scores = scores.masked_fill(~valid & found[..., None], -torch.inf)
         log_mass = scores.logsumexp(-1)
         weights = (scores - log_mass[..., None]).exp()
-        values = values_of(memory, slots, counted, reading)
-        output = weighted_sum(weights, values)
+        output = mean(weights)
     return MemoryAttention(output, log_mass, weights, found)
+
+
+def scores_of(queries: Tensor, memory: Readable, neighbours: Neighbours) -> Tensor:
+    """Inner products (B, G, Q, K) of queries (B, G, Q, D) fp32 with their neighbours' keys."""
+    return _products(memory, neighbours, False)[0](queries)
+
+
+def _products(
+    memory: Readable | LentMemory, neighbours: Neighbours, differentiated: bool
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Inner products with the keys, and sums of the values by weights."""
+    slots, valid = neighbours
+    slots = slots.masked_fill(~valid, 0)
+    if isinstance(memory, LentMemory):
+        return partial(memory.dots, slots, valid), partial(memory.weighted_sum, slots, valid)
+    # An empty slot may hold anything, and 0 x NaN is NaN. Asking costs a wait on a GPU.
+    counted = valid if slots.is_cuda or not valid.all() else None
+    reading = memory.snapshot() if differentiated else None
+    keys = keys_of(memory, slots, counted, reading)
+    values = values_of(memory, slots, counted, reading)
+    return partial(dots, rows=keys), partial(weighted_sum, rows=values)
 
 
 def merge(parts: Sequence[MemoryAttention]) -> MemoryAttention:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .lent import LentMemory
 from .ring import Memory
 from .view import Readable
 
@@ -151,6 +152,8 @@ class RepeatSearch:
             input_ids: (B', N) the segment, which follows what the memory holds.
             memory: of these B' rows.
         """
+        if isinstance(memory, LentMemory):
+            return Repeats(*memory.find_repeats(input_ids, len(ORDERS) * self.per_order))
         base = memory.base
         chains = self._chains.get(base)
         if chains is None:

@@ -6,6 +6,8 @@ R = H / G query heads a key/value head, D head width, K neighbours.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from .compiled import compilable
 from .config import ModelConfig
 from .flex import FEWEST_QUERIES, flex_local_attention, flex_works
 from .local_attention import local_attention
+from .opaque_attention import opaque_local_attention
 from .reader import MemoryReader, Retrieval
 
 MASK_BYTES = 2**26
@@ -99,8 +102,11 @@ class Attention(nn.Module):
         if q.is_cuda and not (with_mass or flexible or mask_bytes > MASK_BYTES):
             return self.fused(q, k, v, seen), None
         near, far = self.bias.near(k.shape[2])
-        hidden = None if seen is None or (not q.is_cuda and bool(seen.all())) else ~seen
-        attend = flex_local_attention if flexible else local_attention
+        in_graph = torch.compiler.is_compiling()
+        asks = not (q.is_cuda or in_graph)  # else it would wait, or break the graph
+        hidden = None if seen is None or (asks and bool(seen.all())) else ~seen
+        attend: Any = opaque_local_attention if in_graph else local_attention
+        attend = flex_local_attention if flexible else attend
         output, mass = attend(q, k, v, near, hidden, with_mass)
         return output, mass if mass is None else mass + far[:, None]
 

@@ -204,9 +204,10 @@ class ModelConfig:
             earlier to follow repetitions if its heads look at fixed distances from the start.
         activation_checkpointing: Compute layers again in the backward pass instead of keeping their
             activations. Searches are not repeated.
-        compile: Compile projections and feed-forward layers with torch.compile, and local attention
-            on a GPU. Search and memory are not compiled. Costs up to a minute at the start; a CPU
-            needs a C++ compiler. Run-time setting.
+        compile: Compile the forward pass of a segment and its loss as one graph with torch.compile;
+            search and reads of the memory are ops in it. Where that is not possible, compile
+            projections and feed-forward layers alone. Costs a minute or two at the start; a CPU
+            needs a C++ compiler and is not faster. Run-time setting.
         memory: Settings of the external memory.
     """
 

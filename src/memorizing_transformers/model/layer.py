@@ -85,7 +85,7 @@ class Layer(nn.Module):
         attend = self._attend
         if recompute and memory is None:
             # The backward pass recomputes after the commit: a copy still holds what was read.
-            read = copy(cache)
+            read = cache if torch.compiler.is_compiling() else copy(cache)
             arguments = (x, read, memory, input_ids, first_values)
             attended, pairs, retrieval = checkpoint(attend, *arguments, use_reentrant=False)
         else:

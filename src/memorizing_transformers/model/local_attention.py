@@ -114,7 +114,7 @@ class _Weights:
         return scores, torch.softmax(scores, -1, out=weights)
 
 
-def _like_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+def like_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty (B, H, N, D) that lies in memory as (B, N, H, D), as the projections want it."""
     batch, heads, count, width = x.shape
     return x.new_empty(batch, count, heads, width, dtype=dtype).transpose(1, 2)
@@ -122,36 +122,36 @@ def _like_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Tensor,
-        hidden: Tensor | None,
-        with_mass: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        weigh = _Weights(q, k, band, hidden)
-        output = _like_heads(q, v.dtype)
-        mass = q.new_empty(q.shape[:3]) if with_mass else None
-        for block in weigh.blocks():
-            scores, weights = weigh(block)
-            found = weights.to(v.dtype).bmm(weigh.of_keys(v, block))
-            output[block.rows, :, block.queries] = weigh.by_head(found, block)
-            if mass is not None:
-                # The largest weight is the exponential of the largest score less the mass.
-                own = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-                mass[block.rows, :, block.queries] = weigh.by_head(own, block).squeeze(-1)
-        ctx.save_for_backward(q, k, v, band, hidden, output)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        output, mass = attended(*arguments)
+        ctx.save_for_backward(*arguments[:-1], output)
         return output, mass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grads[0].device.type, enabled=False):
-            return *_gradients(*ctx.saved_tensors, *grads), None, None
+            return *gradients(*ctx.saved_tensors, *grads), None, None
 
 
-def _gradients(
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, band: Tensor, hidden: Tensor | None, with_mass: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output (B, H, N, D) and log mass (B, H, N) of ``local_attention``, without a graph."""
+    weigh = _Weights(q, k, band, hidden)
+    output = like_heads(q, v.dtype)
+    mass = q.new_empty(q.shape[:3]) if with_mass else None
+    for block in weigh.blocks():
+        scores, weights = weigh(block)
+        found = weights.to(v.dtype).bmm(weigh.of_keys(v, block))
+        output[block.rows, :, block.queries] = weigh.by_head(found, block)
+        if mass is not None:
+            # The largest weight is the exponential of the largest score less the mass.
+            own = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+            mass[block.rows, :, block.queries] = weigh.by_head(own, block).squeeze(-1)
+    return output, mass
+
+
+def gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,7 +163,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and band. Products that are no scores are made in the dtype of v."""
     weigh = _Weights(q, k, band, hidden)
-    d_q, d_band = _like_heads(q, torch.float32), torch.zeros_like(band)
+    d_q, d_band = like_heads(q, torch.float32), torch.zeros_like(band)
     d_k, d_v = torch.zeros_like(k), torch.zeros_like(k)
     # A query's score gradients sum to the gradient of its mass.
     mean = (d_output.float() * output).sum(-1, keepdim=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory import Readable
+from ..memory import Readable, RepeatSearch
 from .config import MemoryConfig
 from .copying import COPIES, Candidates, CopyInputs, OwnForecast, sum_by_token
 from .forecast import IGNORE_INDEX, Forecast
@@ -53,6 +53,12 @@ class CopyHead(nn.Module):
             {name: COPIES[name](num_heads, d_model, config) for name in config.copy}
         )
 
+    @property
+    def repeats(self) -> RepeatSearch | None:
+        """What finds earlier occurrences of the text, if a source copies what followed them."""
+        searches = (getattr(source, "search", None) for source in self.sources.values())
+        return next((search for search in searches if search is not None), None)
+
     def find(
         self,
         hidden: Tensor,
@@ -88,7 +94,8 @@ class CopyHead(nn.Module):
             odds = self._odds(found, OwnForecast(log_p, raw.amax(-1).to(total) - total))
             odds, once = sum_by_token(found.tokens, odds, logits.shape[-1])
             log_odds = _log(odds).masked_fill(~once, -torch.inf)
-        mixed: Tensor = _MixIn.apply(logits, found.tokens, log_odds, total)
+        mix = _mixed_in if torch.compiler.is_compiling() else _MixIn.apply
+        mixed: Tensor = mix(logits, found.tokens, log_odds, total)
         return mixed, _weight(odds * once)
 
     def score(self, own: Forecast, targets: Tensor, found: Found) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,6 +154,14 @@ def log_total(logits: Tensor) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     parts = logits.split(CHUNK, dim=1)
     return torch.cat([part.to(wide).logsumexp(-1) for part in parts], 1)
+
+
+def _mixed_in(logits: Tensor, tokens: Tensor, log_odds: Tensor, total: Tensor) -> Tensor:
+    """What ``_MixIn`` gives, for a graph: nothing in place, and autograd's own backward pass."""
+    if torch.is_grad_enabled():
+        total = logits.to(total).logsumexp(-1)
+    above = log_odds + total[..., None] - logits.gather(-1, tokens).to(log_odds)
+    return logits.scatter_add(-1, tokens, F.softplus(above).to(logits.dtype))
 
 
 class _MixIn(torch.autograd.Function):

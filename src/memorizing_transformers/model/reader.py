@@ -22,8 +22,8 @@ from ..memory import (
     Search,
     attend,
     merge,
+    scores_of,
 )
-from ..memory.gathered import dots, keys_of
 from .bias import MemoryBias
 from .config import MemoryConfig
 from .gates import GATES, Evidence
@@ -173,8 +173,9 @@ class MemoryReader(nn.Module):
         bias, lengths = self.biases(input_ids, memory, safe)
         if self.candidates > 1 and bias is not None and slots.shape[-1] > self.top_k:
             with torch.no_grad():
-                keys = keys_of(memory, grouped(safe), grouped(valid))
-                scores = dots(grouped(queries.detach()).float(), keys).view(shape) + bias
+                asked = grouped(queries.detach()).float()
+                near = Neighbours(grouped(safe), grouped(valid))
+                scores = scores_of(asked, memory, near).view(shape) + bias
                 kept = scores.masked_fill(~valid, -torch.inf).topk(self.top_k).indices
             slots, valid, bias = (x.gather(-1, kept) for x in (slots, valid, bias))
             if lengths is not None:

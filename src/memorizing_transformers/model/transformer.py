@@ -5,7 +5,7 @@ Shapes: B rows, N segment, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
@@ -22,14 +22,18 @@ from ..memory import (
     Pairs,
     SegmentPairs,
     XLCache,
+    can_lend,
+    lend,
     make_search,
 )
 from .attention import Attention, MemoryLayerAttention
+from .compiled import run_whole
 from .config import ModelConfig
 from .forecast import forecast
 from .layer import First, Layer
 from .mixing import CopyHead
 from .network import MemorizingNet, ModelOutput
+from .opaque_forecast import run_in_graph
 from .reader import MemoryReader, Retrieval
 from .renamed import with_current_names
 
@@ -191,19 +195,53 @@ class Transformer(MemorizingNet):
         if bank.batch_size != input_ids.shape[0]:
             # A bank of one row would broadcast, and every row read its memory.
             raise ValueError(f"a bank of {bank.batch_size} rows got {input_ids.shape[0]} rows")
-        new_ids, before = input_ids, bank.caches.get
+        new_ids = input_ids
+        caches: Mapping[int, Any] = bank.caches
         if open_segment is not None:
-            before = open_segment.before  # type: ignore[assignment]
+            caches = {layer: open_segment.before(layer) for layer in range(len(self.layers))}
             input_ids = torch.cat([open_segment.input_ids.to(new_ids), new_ids], 1)
-        embedded = self.dropout(self.embedding(new_ids))
-        count = self.config.num_layers
-        x, _, pairs, retrievals = self._layers(embedded, count, before, bank, input_ids)
-        x = self.dropout(self.norm(x))
-        output = self._predict(x, input_ids, bank, retrievals, targets)
-        output.pairs = SegmentPairs(pairs, pairs)
-        output.retrievals = {number: one.detach() for number, one in retrievals.items()}
+        given = (new_ids, input_ids, caches)
+        if self.config.compile and open_segment is None and self._fits_one_graph(bank):
+            like = (targets is None, *bank.memories, None, *caches)
+            searches = {layer: reader.search for layer, reader in self.readers().items()}
+            repeats = None if self.copy_head is None else self.copy_head.repeats
+            lent = lend(bank.memories, searches, repeats)
+            output = run_whole(Transformer._read, self, like, *given, lent, targets)
+        else:
+            output = self._read(*given, bank.memories, targets)
         if open_segment is not None:
             open_segment.append(new_ids, output.pairs)
+        return output
+
+    def _fits_one_graph(self, bank: MemoryBank) -> bool:
+        """Whether one graph can read this bank with these weights: not if they are sharded."""
+        plain = all(type(weight) is nn.Parameter for weight in self.layers[-1].parameters())
+        return plain and all(map(can_lend, bank.memories.values()))
+
+    def _read(
+        self,
+        new_ids: Tensor,
+        input_ids: Tensor,
+        caches: Mapping[int, Any],
+        memories: Mapping[int, Any],
+        targets: Tensor | None,
+    ) -> ModelOutput:
+        """What ``forward`` does, as a function of tensors.
+
+        Args:
+            new_ids: (B, N) the tokens that are read.
+            input_ids: (B, n + N) those of the segment up to there.
+            caches: by layer, what they see before them.
+            memories: by layer.
+            targets: (B, N), or None.
+        """
+        embedded = self.dropout(self.embedding(new_ids))
+        count = self.config.num_layers
+        x, _, pairs, retrievals = self._layers(embedded, count, caches, memories, input_ids)
+        x = self.dropout(self.norm(x))
+        output = self._predict(x, input_ids, memories, retrievals, targets)
+        output.pairs = SegmentPairs(pairs, pairs)
+        output.retrievals = {number: one.detach() for number, one in retrievals.items()}
         return output
 
     def score(self, input_ids: Tensor, memory: MemoryBank | None, targets: Tensor) -> ModelOutput:
@@ -215,7 +253,7 @@ class Transformer(MemorizingNet):
         self,
         x: Tensor,
         input_ids: Tensor,
-        bank: MemoryBank,
+        memories: Mapping[int, Any],
         retrievals: dict[int, Retrieval],
         targets: Tensor | None,
     ) -> ModelOutput:
@@ -224,14 +262,16 @@ class Transformer(MemorizingNet):
         found = copied = None
         if self.copy_head is not None and retrievals:
             last = max(retrievals)
-            where = (bank.memories[last], retrievals[last])
+            where = (memories[last], retrievals[last])
             found = self.copy_head.find(x, input_ids, *where, len(weight))
         if targets is None:
             logits = F.linear(hidden, weight)
             if self.copy_head is not None and found is not None:
                 logits, copied = self.copy_head.mix(logits, found)
             return ModelOutput(logits, SegmentPairs({}, {}), copied=copied)
-        own = forecast(hidden, weight, targets, None if found is None else found.tokens)
+        tokens = None if found is None else found.tokens
+        run = run_in_graph if torch.compiler.is_compiling() else None
+        own = forecast(hidden, weight, targets, tokens, run=run)
         nll, best = own.nll, own.best
         if self.copy_head is not None and found is not None:
             nll, best, copied = self.copy_head.score(own, targets, found)
@@ -242,8 +282,8 @@ class Transformer(MemorizingNet):
         self,
         embedded: Tensor,
         count: int,
-        before: Callable[[int], XLCache | None],
-        bank: MemoryBank,
+        caches: Mapping[int, Any],
+        memories: Mapping[int, Any],
         input_ids: Tensor,
     ) -> tuple[Tensor, First | None, dict[int, Pairs], dict[int, Retrieval]]:
         """The first ``count`` layers: their output, what later ones need, pairs and retrievals."""
@@ -251,8 +291,8 @@ class Transformer(MemorizingNet):
         pairs: dict[int, Pairs] = {}
         retrievals: dict[int, Retrieval] = {}
         for index, layer in enumerate(list(self.layers)[:count]):
-            memory = bank.memories.get(index)
-            x, (keys, values), retrieval = layer(x, before(index), memory, input_ids, first)
+            memory = memories.get(index)
+            x, (keys, values), retrieval = layer(x, caches.get(index), memory, input_ids, first)
             pairs[index] = (keys.detach(), values.detach())
             if retrieval is not None:
                 retrievals[index] = retrieval
@@ -269,8 +309,8 @@ class Transformer(MemorizingNet):
         last = max(self.config.memory_layers)
         input_ids = input_ids.to(self.embedding.weight.device)
         embedded = self.dropout(self.embedding(input_ids))
-        before = memory.caches.get
-        x, first, pairs, _ = self._layers(embedded, last, before, memory, input_ids)
+        stores = (memory.caches, memory.memories)
+        x, first, pairs, _ = self._layers(embedded, last, *stores, input_ids)
         layer = self.layers[last]
         assert isinstance(layer, Layer)
         pairs[last] = layer.pairs(x, first)
