@@ -79,11 +79,13 @@ def test_the_recipes_table_says_what_the_summary_says() -> None:
     section = page.split("## A better recipe")[1].split("\n## ")[0]
     with (root / "docs" / "results" / "summary.csv").open() as file:
         known = {
-            (row["corpus"], row["arm"], int(row["test_memory"]), int(row["seed"])): float(
-                row["perplexity"]
-            )
+            (
+                row["corpus"],
+                row["arm"] + ("" if row["steps"] == "500" else ", 4,000 steps"),
+                int(row["test_memory"]),
+                int(row["seed"]),
+            ): float(row["perplexity"])
             for row in csv.DictReader(file)
-            if row["steps"] == "500"
         }
     corpora = ("stdlib", "latex", "books", "web", "code", "isabelle")
     compared = 0
@@ -93,7 +95,8 @@ def test_the_recipes_table_says_what_the_summary_says() -> None:
         if cells[0] in {arm for _, arm, _, _ in known}:
             size = 0 if cells[0].startswith(("control", "suffix")) else 8192
             seed = int(cells[1]) if cells[1].isdigit() else 0
-            found = [(one, cells[0], size, x) for one, x in zip(corpora, cells[2:], strict=True)]
+            own = corpora[:3] if cells[0].endswith("steps") else corpora
+            found = [(one, cells[0], size, x) for one, x in zip(own, cells[2:], strict=True)]
         elif cells[0] in ("standard library", "LaTeX"):
             corpus = corpora[cells[0] == "LaTeX"]
             sizes = (2048, 8192, 32768, 131072)
@@ -104,4 +107,4 @@ def test_the_recipes_table_says_what_the_summary_says() -> None:
             if cell:
                 assert cell == f"{known[corpus, arm, size, seed]:.3f}", (corpus, arm, size)
                 compared += 1
-    assert compared > 80
+    assert compared > 90
