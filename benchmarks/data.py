@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,11 @@ class Bench:
         """The texts, from the first one on."""
         return made() if self.given.data is None else given_texts(self.given.data)
 
-    def corpus(self, name: str, size: int, files: int | None = None) -> Path:
-        """A folder of texts of so many bytes."""
+    def corpus(self, name: str, times: int = 1, files: int | None = None) -> Path:
+        """A folder of the text, so many times: the longest document stays the same."""
         folder = self.folder / name
-        write(folder, self.texts(), files or self.given.processes, size)
+        texts = chain.from_iterable(up_to(self.texts(), self.size) for _ in repeat(None))
+        write(folder, texts, files or self.given.processes, times * self.size)
         return folder
 
     def child(
@@ -115,7 +117,7 @@ class Bench:
 
     def speed(self) -> list[dict[str, Any]]:
         """Tokens per second of all that are installed, in turns."""
-        source = self.corpus("texts", self.size)
+        source = self.corpus("texts")
         names = ["prepare", "datasets.map"]
         names += ["datatrove"] if find_spec("datatrove") else []
         taken: dict[str, list[float]] = {}
@@ -154,7 +156,7 @@ class Bench:
         """The most RAM of `prepare` at one and ten times the text."""
         rows: list[dict[str, Any]] = []
         for times in (1, 10):
-            source = self.corpus(f"times {times}", times * self.size)
+            source = self.corpus(f"times {times}", times)
             peaks = []
             for number in range(self.given.ram_rounds):
                 out = self.folder / f"out {times} {number}"
@@ -172,13 +174,13 @@ class Bench:
     def again(self) -> list[dict[str, Any]]:
         """Seconds of a first and a second start."""
         texts = {
-            f"{self.given.megabytes:g} MB": (self.size, None),
-            f"{10 * self.given.megabytes:g} MB": (10 * self.size, None),
-            f"{self.given.files:,} files": (self.size, self.given.files),
+            f"{self.given.megabytes:g} MB": (1, None),
+            f"{10 * self.given.megabytes:g} MB": (10, None),
+            f"{self.given.files:,} files": (1, self.given.files),
         }
         rows = []
-        for name, (size, files) in texts.items():
-            source = self.corpus(f"again {name}", size, files)
+        for name, (times, files) in texts.items():
+            source = self.corpus(f"again {name}", times, files)
             out = self.folder / f"out again {name}"
             time.sleep(SETTLED)
             first = self.child("prepare", source, out, imported=False)["seconds"]
