@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from memorizing_transformers.data.tokens import prepare
+from memorizing_transformers.data.tokens import known_stores, prepare
 from memorizing_transformers.data.tokens.prepare import prepare_store
 from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer, train_bpe
 
@@ -75,3 +77,26 @@ def test_a_tokenizer_of_the_hub_is_loaded_to_see_whether_it_changed(
         monkeypatch.setattr(prepare, "load_tokenizer", lambda name, kind=kind: kinds[kind])
         folders.append(prepare_store(settings, tmp_path / "cache"))
     assert folders[0] == folders[2] != folders[1]
+
+
+def test_each_file_is_looked_at_three_times(corpus, tmp_path, monkeypatch) -> None:
+    """Once to see that it is a file, once for its other names, once for its times."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(500):
+        (many / f"{number}.txt").write_text(f"text {number}")
+        os.utime(many / f"{number}.txt", (1, 1))
+    settings = corpus(many)
+    folder = prepare_store(settings, tmp_path / "cache")
+    monkeypatch.setattr(known_stores, "YOUNG_NS", 0)
+    assert prepare_store(settings, tmp_path / "cache") == folder
+    stat, looks = os.stat, 0
+
+    def counted(*args: Any, **options: Any) -> os.stat_result:
+        nonlocal looks
+        looks += 1
+        return stat(*args, **options)
+
+    monkeypatch.setattr(os, "stat", counted)
+    assert prepare_store(settings, tmp_path / "cache") == folder
+    assert looks <= 3 * 500 + 100

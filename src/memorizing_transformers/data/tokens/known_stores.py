@@ -42,7 +42,7 @@ class KnownStore:
         files: all files that may be read, in an order that depends on nothing else.
     """
 
-    def __init__(self, cache_dir: Path, facts: Sequence[Any], files: Iterable[Path]) -> None:
+    def __init__(self, cache_dir: Path, facts: Sequence[Any], files: Iterable[str | Path]) -> None:
         key = repr([_rules(), os.getcwd(), *facts])
         self.path = cache_dir / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.files"
         self.stamps, self.young = _look_at(files)
@@ -86,10 +86,10 @@ def tokenizer_files(settings: TokenizerSettings) -> list[Path] | None:
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else None
 
 
-def _look_at(files: Iterable[Path]) -> tuple[str, list[str]]:
+def _look_at(files: Iterable[str | Path]) -> tuple[str, list[str]]:
     """A hash of what the file system says of files, and those that changed a moment ago."""
     now, digest, young = time.time_ns(), hashlib.blake2b(digest_size=16), []
-    for file in map(os.fspath, files):
+    for file in map(str, files):
         try:
             facts = os.stat(file)
         except OSError:
