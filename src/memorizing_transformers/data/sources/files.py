@@ -25,9 +25,15 @@ DEEP = "**"
 class FoundFile(NamedTuple):
     """A file of a source."""
 
-    path: Path
+    location: str
+    """Its path."""
     name: str
     """Its path below the source's folder, with forward slashes."""
+
+    @property
+    def path(self) -> Path:
+        """Its path as a `Path`, made anew: costly where files are many."""
+        return Path(self.location)
 
 
 class Found(NamedTuple):
@@ -65,7 +71,7 @@ def find_files(origin: Origin, cache_dir: Path | None = None) -> Found:
     outputs = Outputs(root, cache_dir)
     files, owners = [], set()
     for file in _each_once(root, paths, with_hidden=kind == "file"):
-        owner = outputs.owner(file.path)
+        owner = outputs.owner(file.location)
         if owner is None:
             files.append(file)
         else:
@@ -112,7 +118,7 @@ def _each_once(root: Path, paths: Iterator[str], with_hidden: bool) -> list[Foun
         min(found, key=lambda file: (by_link(file), file[0])) if len(found) > 1 else found[0]
         for found in names.values()
     ]
-    return [FoundFile(Path(path), "/".join(parts)) for parts, path in sorted(chosen)]
+    return [FoundFile(path, "/".join(parts)) for parts, path in sorted(chosen)]
 
 
 def _hidden(name: str) -> bool:
@@ -151,18 +157,25 @@ def _folders(top: Path, origin: Origin) -> Iterator[Path]:
         yield folder
         try:
             with os.scandir(folder) as listing:
-                below = [folder / entry.name for entry in listing]
+                below = [
+                    folder / entry.name
+                    for entry in listing
+                    if not entry.name.startswith(".") and _is_folder(entry)
+                ]
         except OSError as error:
             raise origin.error(
                 f"cannot list {readable(folder)} ({first_line(error)}); mend it or leave it out"
             ) from error
         for path in below:
-            if path.name.startswith(".") or not os.path.isdir(path):
-                continue
             if not path.is_symlink():
                 waiting.append(path)
             elif not _leads_back(path):
                 heapq.heappush(linked, path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or leads to one; only a link takes a call of the system."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _leads_back(link: Path) -> bool:

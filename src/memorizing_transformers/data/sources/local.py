@@ -33,9 +33,10 @@ def open_files(
     those that it imports. Hidden files and folders, and what this program wrote, are left out.
 
     Raises:
-        ConfigError: nothing is there, or no file that can be read.
+        ConfigError: nothing is there, no file that can be read, or tokens in place of text.
     """
     files, outputs = find_files(origin, cache_dir)
+    _refuse_tokens(files, origin)
     source = _source(files, rules, group, origin, cache_dir)
     if outputs:
         more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
@@ -43,6 +44,16 @@ def open_files(
             f"{origin.value}: left out what this program wrote: {readable(outputs[0])}{more}"
         )
     return source
+
+
+def _refuse_tokens(files: Sequence[FoundFile], origin: Origin) -> None:
+    """Refuse files of tokens as datatrove writes them; some would look like text."""
+    for file in files:
+        if file.path.suffix == ".ds" and Path(f"{file.path}.index").is_file():
+            raise origin.error(
+                f"{readable(file.name)} holds tokens of datatrove, which have lost names and bytes "
+                "of documents; give the JSON lines or Parquet that they were made of"
+            )
 
 
 def _source(

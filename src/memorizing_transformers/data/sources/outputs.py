@@ -80,10 +80,21 @@ class Outputs:
         self._cache = None if cache in _upwards(root) else cache
         self._folders: dict[Path, Path | None] = {root: root if _in_complete(root) else None}
         self._entries: dict[Path, Ours] = {}
+        self._special: dict[str, set[str] | None] = {}
+        """By folder, the names that may be ours; None for all."""
 
-    def owner(self, file: Path) -> Path | None:
+    def owner(self, location: str | Path) -> Path | None:
         """The uppermost folder of ours that holds a file below the root, or the file itself if it
         alone is ours; None if it is a text."""
+        head, name = os.path.split(location)
+        if head not in self._special:
+            ours = self._ours(Path(head))
+            every = self._folder_owner(Path(head)) is not None or ours.links is None
+            self._special[head] = None if every else ours.names | (ours.links or set())
+        special = self._special[head]
+        if special is not None and name not in special:
+            return None
+        file = Path(location)
         folder = file.parent
         return self._folder_owner(folder) or (file if self._is_entry(file, folder) else None)
 

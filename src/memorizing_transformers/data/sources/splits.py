@@ -15,6 +15,8 @@ from .hub_datasets import PREFIX, HubDataset
 from .local import holds_records, open_files
 from .standard_library import held_out_split, library_files, standard_library
 
+StrPath = str | Path
+
 
 class SplitSource(NamedTuple):
     """A source and the splits that its documents go to."""
@@ -101,7 +103,7 @@ def check_sources(settings: SourceSettings, split: str) -> None:
         raise ConfigError(f"data.{split}_fraction", share, remedy)
 
 
-def source_files(settings: SourceSettings, cache_dir: Path | None = None) -> list[Path] | None:
+def source_files(settings: SourceSettings, cache_dir: Path | None = None) -> list[StrPath] | None:
     """All files that may be read for a corpus, without reading one; None where some are not local.
 
     Args:
@@ -113,14 +115,14 @@ def source_files(settings: SourceSettings, cache_dir: Path | None = None) -> lis
     """
     given = {"data.validation_source": settings.validation_source,
              "data.test_source": settings.test_source, "data.source": settings.source}  # fmt: skip
-    files: list[Path] = []
+    files: list[StrPath] = []
     for key, value in given.items():
         if value is not None and value.startswith(PREFIX):
             return None
         if value == STDLIB:
             files += library_files()
         elif value is not None:
-            files += [file.path for file in find_files(Origin(key, value), cache_dir).files]
+            files += [file.location for file in find_files(Origin(key, value), cache_dir).files]
     return files
 
 

@@ -3,7 +3,8 @@
 A note ``cache_dir/<key>.files`` holds the name of the store, and a hash of what the file system
 said of the corpus's files: name, size, times and inode. Two changes that follow each other at once
 may get the same time. So of files that had just changed the note also holds a hash of the content;
-git treats its index likewise.
+git treats its index likewise. A tokenizer in a folder is known by its files too, since loading it
+takes longer than all the rest.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ..settings import TokenizerSettings
 from ..sources.documents import Origin
 from ..sources.text_files import hash_file
 from .store import read_manifest
+from .tokenizers import BPE, BYTES
 
 YOUNG_NS = 2 * 10**9
 """Nanoseconds within which a second change may get the time of the first; FAT counts in these."""
@@ -38,7 +42,7 @@ class KnownStore:
         files: all files that may be read, in an order that depends on nothing else.
     """
 
-    def __init__(self, cache_dir: Path, facts: Sequence[Any], files: Iterable[Path]) -> None:
+    def __init__(self, cache_dir: Path, facts: Sequence[Any], files: Iterable[str | Path]) -> None:
         key = repr([_rules(), os.getcwd(), *facts])
         self.path = cache_dir / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.files"
         self.stamps, self.young = _look_at(files)
@@ -71,10 +75,21 @@ class KnownStore:
             temporary.replace(self.path)
 
 
-def _look_at(files: Iterable[Path]) -> tuple[str, list[str]]:
+def tokenizer_files(settings: TokenizerSettings) -> list[Path] | None:
+    """The files that decide a tokenizer's ids, empty if its name alone does.
+
+    None for a name on the hub, whose files may change without the name.
+    """
+    if settings.tokenizer in (BYTES, BPE):
+        return []
+    folder = Path(settings.tokenizer)
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else None
+
+
+def _look_at(files: Iterable[str | Path]) -> tuple[str, list[str]]:
     """A hash of what the file system says of files, and those that changed a moment ago."""
     now, digest, young = time.time_ns(), hashlib.blake2b(digest_size=16), []
-    for file in map(os.fspath, files):
+    for file in map(str, files):
         try:
             facts = os.stat(file)
         except OSError:
@@ -102,8 +117,11 @@ def _content(file: str) -> str:
 
 @cache
 def _rules() -> str:
-    """A hash of this room's code: with other code, the same files may become another store."""
+    """A hash of this room's code and of the tokenizers' versions: with others, the same files may
+    become another store."""
     digest = hashlib.blake2b(digest_size=16)
+    for package in ("tokenizers", "transformers"):
+        digest.update(f"{package} {version(package)}\n".encode())
     room = Path(__file__).parents[1]
     for file in sorted(room.rglob("*.py")):
         digest.update(file.relative_to(room).as_posix().encode() + b"\0" + file.read_bytes())

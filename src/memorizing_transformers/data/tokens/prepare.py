@@ -34,7 +34,7 @@ from ..sources.splits import (
     refuse_leaks,
     source_files,
 )
-from .known_stores import KnownStore
+from .known_stores import KnownStore, tokenizer_files
 from .store import (
     FORMAT,
     MIN_TOKENS,
@@ -81,27 +81,25 @@ def prepare_store(
         UserError: a source, the tokenizer or the cache folder cannot be used, or a split is empty.
     """
     files = source_files(settings.sources, cache_dir)
-    tokenizer = _open_tokenizer(settings.tokenizer)
-    kind = _kind(settings.tokenizer, tokenizer)
-    known = None if files is None else KnownStore(cache_dir, [FORMAT, kind, settings], files)
+    own = tokenizer_files(settings.tokenizer)
+    facts: list[Any] = [FORMAT, settings]
+    if own is None:
+        facts.append(_kind(settings.tokenizer, _open_tokenizer(settings.tokenizer)))
+    known = None if files is None else KnownStore(cache_dir, facts, [*files, *(own or [])])
     folder = known.find() if known is not None else None
     if folder is not None:
         log.info("tokens found in %s; no file has changed", folder)
         return folder
-    folder = _prepared(settings, cache_dir, tokenizer, kind, num_workers)
+    folder = _prepared(settings, cache_dir, num_workers)
     if known is not None:
         known.note(folder)
     return folder
 
 
-def _prepared(
-    settings: CorpusSettings,
-    cache_dir: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    kind: str,
-    num_workers: int | None,
-) -> Path:
+def _prepared(settings: CorpusSettings, cache_dir: Path, num_workers: int | None) -> Path:
     """The folder of the store, written unless a store of the same content is there."""
+    tokenizer = _open_tokenizer(settings.tokenizer)
+    kind = _kind(settings.tokenizer, tokenizer)
     readings = open_sources(settings.sources, cache_dir)
     refuse_leaks(readings)
     facts: list[Any] = [FORMAT, kind, settings.shortest, fingerprint_sources(readings)]
