@@ -145,8 +145,11 @@ def matrix_product(clock: Callable[[], float]) -> Callable[[], float]:
 
 def plot(rows: list[dict[str, Any]], target: Path) -> None:
     """Seconds a step against slots, a line for each rival."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for precision, axis in zip(PRECISIONS, axes, strict=True):
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(precisions), figsize=(5.5 * len(precisions), 4), sharey=True, squeeze=False
+    )
+    for precision, axis in zip(precisions, axes[0], strict=True):
         chosen = [r for r in rows if r["precision"] == precision or r["model"] == "peer"]
         for name in dict.fromkeys((r["model"], r["search"]) for r in chosen):
             own = [r for r in chosen if (r["model"], r["search"]) == name]
@@ -193,6 +196,13 @@ def main() -> None:
     """Prepare, check, measure, write JSON, Markdown and a plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slots", type=int, nargs="+", default=[8192, 65536])
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=PRECISIONS,
+        help="bf16-mixed is many times slower on a CPU without instructions for it",
+    )
     searches = ["exact", "bucketed", "auto", "faiss-ivf"]
     parser.add_argument("--searches", nargs="+", default=searches)
     parser.add_argument("--repeats", type=int, default=7)
@@ -235,13 +245,13 @@ def main() -> None:
     }
     rivals: dict[tuple[str, int, str, str], Callable[[], float]] = {
         ("ours", 0, "none", precision): ours.rival(0, "exact", precision != "fp32", start)
-        for precision in PRECISIONS
+        for precision in given.precisions
     }
     recall: dict[tuple[str, int, str], float] = {}
     for slots in given.slots:
         for search in given.searches:
             recall["ours", slots, search] = ours.recall(slots, search, start)
-            for precision in PRECISIONS:
+            for precision in given.precisions:
                 rival = ours.rival(slots, search, precision != "fp32", start)
                 rivals["ours", slots, search, precision] = rival
     if not given.no_peer:
