@@ -27,6 +27,7 @@ from search import load
 from torch import Tensor
 
 from memorizing_transformers.memory import STORAGE_DTYPES, Memory, Neighbours, Search, make_search
+from memorizing_transformers.memory.search import cells
 from memorizing_transformers.memory.search.bucketed import BucketedSearch, num_buckets_for, rescored
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.memory.search.kernels.cpu_scan import odd_stride
@@ -106,6 +107,7 @@ def measure(keys: Tensor, queries: Tensor, top_k: int, targets: list[float]) -> 
             rivals = {
                 "bucketed on a CPU": BucketedSearch(target),
                 "bucketed in plain torch": partial(on_device, target, False),
+                "cells": make_search("cells", target),
                 "faiss-ivf": make_search("faiss-ivf", target),
             }
             if os.environ.get("TRITON_INTERPRET") == "1":
@@ -134,6 +136,8 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.95])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     given = parser.parse_args()
+    # Also where cells do not pay.
+    cells.LEAST_SLOTS = cells.LEAST_QUERIES = cells.LEAST_SCORES = 1
     facts: dict[str, Any] = {"keys": str(given.keys or "random"), "top_k": given.top_k}
     for slots in given.slots:
         made = measure(*load(given.keys, slots), given.top_k, given.targets)

@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,24 +107,29 @@ def peer_environment(folder: Path) -> Path:
 
 
 def prepare(
-    folder: Path, ours: Callable[[], Ours], peer: Callable[[], Peer], settings: dict[str, Any]
+    folder: Path,
+    ours: Callable[[], Ours],
+    peer: Callable[[], Peer] | None,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train both models and fill their memories, unless that was done."""
+    """Train the models and fill their memories, unless that was done; ``peer`` may be missing."""
     done = folder / "prepared.json"
     facts: dict[str, Any] = json.loads(done.read_text()) if done.exists() else {}
-    if facts.get("settings") == settings:
+    if facts.get("settings") == settings and (peer is None or "peer" in facts):
         return facts
-    print("training both models and filling their memories: minutes", file=sys.stderr)
+    print("training models and filling their memories: minutes", file=sys.stderr)
     done.unlink(missing_ok=True)
     slots, steps = settings["slots"], settings["train_steps"]
     room = steps + 2 + max(slots) // shape.SEGMENT + settings["steps"]
     write_tokens(folder / "tokens.npy", room * shape.SEGMENT + 1)
     start = steps * shape.SEGMENT
-    mine, theirs = ours(), peer()
+    mine = ours()
     facts = {"settings": settings, "ours": mine.train(steps)}
     mine.fill(start, max(slots))
-    facts["peer"] = theirs.must(do="train", steps=steps)
-    theirs.must(do="fill", start=start, slots=slots)
+    if peer is not None:
+        theirs = peer()
+        facts["peer"] = theirs.must(do="train", steps=steps)
+        theirs.must(do="fill", start=start, slots=slots)
     done.write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
@@ -175,7 +181,7 @@ def figures(
     tokens = shape.ROWS * shape.SEGMENT
     for (model, slots, search, precision), seconds in times.items():
         peer = times.get(("peer", slots, "hnsw", "fp32"))
-        without = times["ours", 0, "none", precision]
+        without = times["ours", 0, "none", precision] if model == "ours" else None
         found = summary(seconds)
         yield {
             "slots": slots,
@@ -187,7 +193,7 @@ def figures(
             "spread": found["spread"],
             "tokens/s": tokens / found["median"],
             "times the peer": ratio(peer, seconds) if peer else None,
-            "of ours without": ratio(seconds, without) if model == "ours" else None,
+            "of ours without": ratio(seconds, without) if without else None,
             "recall": recall.get((model, slots, search)),
         }
 
@@ -208,7 +214,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--train_steps", type=int, default=200, help="before the memory is filled")
     parser.add_argument("--prepare", action="store_true", help="train and fill, measure nothing")
-    parser.add_argument("--no_peer", action="store_true", help="measure ours only")
+    parser.add_argument("--no_peer", action="store_true", help="prepare and measure ours only")
     parser.add_argument(
         "--busy", action="store_true", help="one thread, processor time: for a machine in use"
     )
@@ -220,7 +226,10 @@ def main() -> None:
         faiss.omp_set_num_threads(1)
     folder = given.out / "step"
     folder.mkdir(parents=True, exist_ok=True)
-    python = peer_environment(given.out / "peer-environment")
+    peer_of: Callable[[], Peer] | None = None
+    if not given.no_peer:
+        python = peer_environment(given.out / "peer-environment")
+        peer_of = partial(Peer, python, folder, given.busy)
     code = hashlib.sha256((HERE / "step_shape.py").read_bytes()).hexdigest()[:12]
     settings = {
         "shape": code,
@@ -228,9 +237,7 @@ def main() -> None:
         "slots": sorted(given.slots),
         "steps": 64,
     }
-    prepared = prepare(
-        folder, lambda: Ours(folder, clock), lambda: Peer(python, folder, given.busy), settings
-    )
+    prepared = prepare(folder, partial(Ours, folder, clock), peer_of, settings)
     if given.prepare:
         return
 
@@ -254,8 +261,8 @@ def main() -> None:
             for precision in given.precisions:
                 rival = ours.rival(slots, search, precision != "fp32", start)
                 rivals["ours", slots, search, precision] = rival
-    if not given.no_peer:
-        peer = Peer(python, folder, given.busy)
+    if peer_of is not None:
+        peer = peer_of()
         for slots in given.slots:
             peer.must(do="load", slots=slots)
             recall["peer", slots, "hnsw"] = peer.must(do="recall", slots=slots)["recall"]

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from build import random_tokens, small_model
-
-from memorizing_transformers.model import compiled
+from compiling import noted
 
 MODES = {
     "train": torch.enable_grad,
@@ -19,21 +18,10 @@ MODES = {
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def graphs() -> Iterator[list[Any]]:
     """Every graph that was handed to a backend, which runs it as it is."""
-    made: list[Any] = []
-    real = torch.compile
-
-    def backend(graph: Any, _: Any) -> Any:
-        made.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=backend, **options))
-    compiled._compiled.cache_clear()
-    torch._dynamo.reset()
-    yield made
-    compiled._compiled.cache_clear()
-    torch._dynamo.reset()
+    with noted() as made:
+        yield made
 
 
 def test_many_batch_sizes_need_few_graphs_and_none_runs_eagerly(graphs: list[Any]) -> None:

@@ -8,36 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
 from small import make_data, make_module, make_trainer, write_texts
+from token_losses import losses, with_another_end
 
 from memorizing_studies.rivals.compressed_memory import CompressedMemory, read_matrix, read_means
 from memorizing_transformers.errors import ConfigError
 
 KINDS = pytest.mark.parametrize("kind", ["mean", "linear"])
-
-
-class Seen(Callback):
-    """Keeps the loss of each token by document."""
-
-    def __init__(self) -> None:
-        self.losses: dict[int, list[float]] = {}
-
-    def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        for document, loss, there in zip(
-            outputs["document"].tolist(), outputs["loss"], batch.mask, strict=True
-        ):
-            self.losses.setdefault(document, []).extend(loss[there].tolist())
-
-
-def losses(texts: Path, *callbacks: Callback, rows: int = 1) -> dict[int, list[float]]:
-    seen = Seen()
-    trainer = make_trainer(callbacks=[*callbacks, seen])
-    data = make_data(texts, eval_rows=rows)
-    trainer.predict(make_module(), datamodule=data, return_predictions=False)
-    return seen.losses
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +78,7 @@ def test_a_document_reads_itself_alone(texts: Path, kind: Any) -> None:
 def test_the_end_of_a_text_changes_no_loss_before_it(
     texts: Path, tmp_path: Path, kind: Any
 ) -> None:
-    other = tmp_path / "texts"
-    other.mkdir()
-    for file in texts.iterdir():
-        text = file.read_text("utf-8")
-        (other / file.name).write_text(text[:-40] + "z" * 40, "utf-8")
+    other = with_another_end(texts, tmp_path / "texts")
     one, changed = (losses(folder, CompressedMemory(kind)) for folder in (texts, other))
     for document, values in one.items():
         assert values[:-41] == changed[document][:-41]
@@ -124,6 +97,15 @@ def test_it_trains(texts: Path, kind: Any, dtype: str) -> None:
     others = [reader.gate.learned() for reader in plain.net.readers().values()]
     assert all(torch.isfinite(x).all() for x in gates)
     assert not all(torch.equal(a, b) for a, b in zip(gates, others, strict=True))
+
+
+def test_the_model_reads_as_before_afterwards(texts: Path) -> None:
+    module, data = make_module(), make_data(texts)
+    found = []
+    for callbacks in ([], [CompressedMemory()], []):
+        trainer = make_trainer(callbacks=callbacks)
+        found.append(trainer.test(module, datamodule=data, verbose=False)[0]["test/loss"])
+    assert found[0] == found[2] != found[1]
 
 
 def test_copies_compiled_code_and_an_empty_pool_are_refused(texts: Path) -> None:

@@ -11,32 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from small import command, make_data, make_module, make_trainer, write_config, write_texts
+from token_losses import losses, with_another_end
 
 from memorizing_studies.rivals.test_time_training import TestTimeTraining
 from memorizing_transformers.errors import ConfigError
-
-
-class Seen(Callback):
-    """Keeps the loss of each token by document."""
-
-    def __init__(self) -> None:
-        self.losses: dict[int, list[float]] = {}
-
-    def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        for document, loss, there in zip(
-            outputs["document"].tolist(), outputs["loss"], batch.mask, strict=True
-        ):
-            self.losses.setdefault(document, []).extend(loss[there].tolist())
-
-
-def losses(texts: Path, *callbacks: Callback, **settings: Any) -> dict[int, list[float]]:
-    seen = Seen()
-    trainer = make_trainer(callbacks=[*callbacks, seen], inference_mode=False)
-    module = make_module(**settings)
-    trainer.predict(module, datamodule=make_data(texts, eval_rows=1), return_predictions=False)
-    return seen.losses
 
 
 def mean(found: dict[int, list[float]]) -> float:
@@ -65,11 +43,7 @@ def test_each_document_begins_with_the_trained_weights(texts: Path) -> None:
 
 def test_a_segment_is_predicted_before_it_is_learned(texts: Path, tmp_path: Path) -> None:
     """Another end of a text changes no loss before it."""
-    other = tmp_path / "texts"
-    other.mkdir()
-    for file in texts.iterdir():
-        text = file.read_text("utf-8")
-        (other / file.name).write_text(text[:-40] + "z" * 40, "utf-8")
+    other = with_another_end(texts, tmp_path / "texts")
     one, changed = (losses(folder, TestTimeTraining(0.3)) for folder in (texts, other))
     for document, values in one.items():
         assert len(values) == len(changed[document])

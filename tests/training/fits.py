@@ -21,7 +21,6 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "use_distributed_sampler": False,
-    "limit_val_batches": 0,
 }
 COSINE = {"schedule": "cosine", "warmup_steps": 2, "total_steps": 20, "final_lr_share": 0.1}
 
@@ -63,7 +62,7 @@ class Fit:
         self.folder, self.losses, self.start = folder, Losses(), Start()
         keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         callbacks = [self.losses, self.start, keep]
-        trainer = MemoryTrainer(max_steps=steps, callbacks=callbacks, **QUIET)
+        trainer = MemoryTrainer(max_steps=steps, callbacks=callbacks, limit_val_batches=0, **QUIET)
         self.module = make_module(kind, **settings)
         trainer.fit(self.module, datamodule=make_data(texts), ckpt_path=resume)
         self.optimizer = trainer.optimizers[0]

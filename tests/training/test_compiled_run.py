@@ -59,20 +59,25 @@ def graphs() -> Iterator[list[Shapes]]:
         yield made
 
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+}
+
+
 def fit(
     texts: Path, folder: Path, steps: int, stages: Stages, resume: Path | None = None, **model: Any
 ) -> tuple[MemoryTrainer, MemorizingLM, list[float]]:
     losses = Losses()
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1)
     trainer = MemoryTrainer(
-        accelerator="cpu",
-        devices=1,
+        **QUIET,
         logger=Scalars(),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
         val_check_interval=3,
         limit_val_batches=3,
         limit_test_batches=4,
@@ -124,16 +129,10 @@ def test_what_looks_at_the_memory_compiles_a_known_number_of_times(
             counts.append(len(graphs))
 
     trainer = MemoryTrainer(
-        accelerator="cpu",
-        devices=1,
+        **QUIET,
         logger=Scalars(),
         log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         enable_checkpointing=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
         val_check_interval=4,
         limit_val_batches=1,
         max_steps=STEPS,

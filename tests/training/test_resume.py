@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import QUIET
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Losses, assert_alike, make_data, make_module, state
 
@@ -27,14 +28,6 @@ from memorizing_transformers.training.module import MemorizingLM
 from memorizing_transformers.training.run_folders import resolve_checkpoint
 from memorizing_transformers.training.trainer import MemoryTrainer
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
 VALIDATING: dict[str, Any] = {
     "val_check_interval": 4,
     "check_val_every_n_epoch": None,

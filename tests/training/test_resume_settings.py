@@ -194,14 +194,14 @@ def test_a_state_of_other_parameters_is_refused_in_one_line(texts: Path, tmp_pat
 
 def test_weights_alone_cannot_be_resumed_from(texts: Path, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_weights_only=True)
-    trainer = MemoryTrainer(max_steps=2, callbacks=[keep], **QUIET)
+    trainer = MemoryTrainer(max_steps=2, callbacks=[keep], limit_val_batches=0, **QUIET)
     trainer.fit(make_module(), datamodule=make_data(texts))
     folder = tmp_path / "step=2.ckpt"
     with pytest.raises(UserError, match="holds weights only") as caught:
         Fit(texts, tmp_path / "rest", 4, folder)
     assert str(folder) in str(caught.value)
     assert "model.init_from" in str(caught.value)
-    evaluating = MemoryTrainer(**{**QUIET, "limit_val_batches": 1})
+    evaluating = MemoryTrainer(limit_val_batches=1, **QUIET)
     assert evaluating.validate(make_module(), make_data(texts), ckpt_path=folder, verbose=False)
 
 

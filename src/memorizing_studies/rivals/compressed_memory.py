@@ -101,6 +101,12 @@ class CompressedMemory(Callback):
 
     on_validation_start = on_predict_start = on_test_start
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        module: Any = pl_module
+        for reader in module.net.readers().values():
+            vars(reader).pop("retrieve", None)
+
     def _retrieve(
         self, reader: Any, queries: Tensor, memory: Readable, input_ids: Tensor | None = None
     ) -> tuple[MemoryAttention, Neighbours, Neighbours, None]:

@@ -43,9 +43,8 @@ for cells. At a target of 0.95, 65,536 random keys find 0.35, those of trained m
 
 def cells_pay(slots: int, queries: int) -> bool:
     """Whether cells save more than they cost, for so many queries of a head."""
-    if slots < LEAST_SLOTS or queries < LEAST_QUERIES:
-        return False
-    return slots * queries >= LEAST_SCORES
+    many = slots >= LEAST_SLOTS and queries >= LEAST_QUERIES
+    return many and slots * queries >= LEAST_SCORES
 
 
 @dataclass
@@ -116,14 +115,15 @@ class CellSearch:
     ) -> list[tuple[_Head, int]]:
         """What is settled of a row's heads, and the cells a query; nothing where a scan is due."""
         (first, stop), turn, span = self._written_now(memory.size, end)
-        others = torch.cat([torch.arange(first), torch.arange(stop, min(end, memory.size))])
-        if not len(others):
+        used = min(end, memory.size)
+        if stop - first == used:
             return []
         of_memory = self._heads.setdefault(memory.base, {})
         heads: list[tuple[_Head, int]] = []
         for head in range(memory.keys.shape[1]):
             made = of_memory.get((memory.owner(row), head))
             if made is None or (made.document, made.first, made.turn) != (document, first, turn):
+                others = torch.cat([torch.arange(first), torch.arange(stop, used)])
                 keys = memory.keys_at((row, head, others))
                 made = _Head(document, first, turn, Cells.of(keys, others, spare=span))
                 of_memory[memory.owner(row), head] = made
