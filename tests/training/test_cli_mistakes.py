@@ -11,6 +11,7 @@ import pytest
 from small import Run, command, make_data
 
 from memorizing_transformers.failures import DEBUG_VARIABLE
+from memorizing_transformers.training import cli
 from memorizing_transformers.training.module import MemorizingLM
 
 
@@ -168,6 +169,20 @@ def test_a_command_without_batches_says_so(config: Path, command_name: str, key:
         command(command_name, "--config", config, f"--trainer.limit_{key}_batches=0")
     said = [str(warning.message) for warning in caught]
     assert f"trainer.limit_{key}_batches = 0: {command_name} has nothing to do" in said
+
+
+@pytest.mark.parametrize(("precision", "fast"), [("bf16-mixed", False), ("bf16-mixed", True),
+                                                 ("32-true", False)])  # fmt: skip
+def test_bfloat16_that_this_cpu_must_emulate_is_warned_of(
+    config: Path, precision: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "has_fast_bfloat16", lambda: fast)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = ["--trainer.max_steps=1", f"--trainer.precision={precision}"]
+        assert command("fit", "--config", config, *given)[0] == 0
+    said = [x for x in caught if "no instructions for bfloat16" in str(x.message)]
+    assert bool(said) == (precision != "32-true" and not fast)
 
 
 @pytest.mark.parametrize(

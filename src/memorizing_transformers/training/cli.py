@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from ..data.datamodule import DocumentDataModule
 from ..errors import ConfigError
 from ..failures import run, take_debug_flag
+from ..memory.search.policy import has_fast_bfloat16
 from ..parsing import OneLineParser, configs_first
 from .callbacks import PredictionWriter, ProgressLines
 from .checkpoint.finding import resolve_checkpoint, saved_to
@@ -170,6 +171,12 @@ class MemoryCLI(LightningCLI):
         limit = f"limit_{LIMITED[subcommand]}_batches"
         if getattr(self.trainer, limit) == 0:
             rank_zero_warn(f"trainer.{limit} = 0: {subcommand} has nothing to do")
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and self.trainer.precision.startswith("bf16") and not has_fast_bfloat16():
+            rank_zero_warn(
+                f"trainer.precision = {self.trainer.precision}: this CPU has no instructions for "
+                "bfloat16, so steps take several times as long; 32-true is faster"
+            )
         super()._run_subcommand(subcommand)
 
     def before_predict(self) -> None:
