@@ -1,4 +1,4 @@
-"""What datatrove writes opens as a source, and the script of docs/corpora.md runs as printed."""
+"""What datatrove writes opens as a source, and the scripts of docs/corpora.md run as printed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ import pytest
 
 from memorizing_transformers.data.tokens.prepare import prepare_store
 from memorizing_transformers.data.tokens.store import TokenStore
-from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.data.tokens.tokenizers import train_bpe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "corpora.md").read_text("utf-8")
-(SCRIPT,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-SAVED = PAGE[PAGE.index("Save this as `clean.yaml`") :]
-CONFIG, COMMANDS = re.findall(r"^```(?:yaml|bash)\n(.*?)^```", SAVED, re.DOTALL | re.MULTILINE)[:2]
+
+
+def saved(script: str, config: str) -> tuple[str, str, str]:
+    """What the page prints under two names, and the commands behind."""
+    blocks = re.compile(r"^```(?:python|yaml|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    (code,) = blocks.findall(PAGE[PAGE.index(f"`{script}`") :])[:1]
+    settings, commands = blocks.findall(PAGE[PAGE.index(f"Save this as `{config}`") :])[:2]
+    return code, settings, commands
 
 
 def record(number: int, language: str = "en", source: str = "a") -> dict[str, Any]:
@@ -79,28 +84,20 @@ def test_metadata_filters_groups_and_sorts(corpus, tmp_path, kind) -> None:
                      "x": f"{record(1)['text']}\n{record(2)['text']}\n"}  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["folder", "file"])
-def test_files_of_tokens_are_refused(corpus, tmp_path, what) -> None:
-    """They would hold no NUL where all ids are above 255, and `.metadata` is text."""
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    file = folder / "00000_unshuffled.ds"
-    np.full(2000, 0x4142, "<u2").tofile(file)
-    np.asarray([1000, 2000], "<u8").tofile(f"{file}.index")
-    Path(f"{file}.metadata").write_text("tokenizer.json|2\n2000\n2 kT")
-    with pytest.raises(ConfigError, match=r"00000_unshuffled\.ds holds tokens.*give the JSON"):
-        prepare_store(corpus(folder if what == "folder" else file), tmp_path / "cache")
-
-
-def test_a_text_whose_name_ends_alike_is_a_text(corpus, tmp_path) -> None:
-    (tmp_path / "notes.ds").write_text("some text")
-    folder = prepare_store(corpus(tmp_path / "notes.ds", **WHOLE), tmp_path / "cache")
-    assert documents(folder) == {"notes.ds": "some text"}
+def run(folder: Path, script: str, config: str) -> None:
+    """Save what the page prints, and run its commands."""
+    code, settings, commands = saved(script, config)
+    (folder / script).write_text(code)
+    (folder / config).write_text(settings)
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    for command in commands.splitlines():
+        words = [sys.executable, *command.split()[1:]]
+        subprocess.run(words, cwd=folder, env=env, check=True, capture_output=True)
 
 
 @pytest.mark.slow  # half a minute: four stages, each of processes of their own
 @pytest.mark.skipif(find_spec("datatrove") is None, reason="datatrove is not installed")
-def test_the_script_of_the_page_runs_and_its_output_is_a_corpus(corpus, tmp_path) -> None:
+def test_the_scripts_of_the_page_run_and_their_output_is_a_corpus(corpus, tmp_path) -> None:
     draw = np.random.default_rng(0)
     texts = [" ".join(map(str, draw.integers(10**6, size=600).tolist())) for _ in range(24)]
     short, copied = "too short", texts[3]
@@ -110,15 +107,22 @@ def test_the_script_of_the_page_runs_and_its_output_is_a_corpus(corpus, tmp_path
         for part, found in enumerate(parts)
     ]
     write_parts(tmp_path / "data" / "raw", raw, "jsonl.gz")
-    (tmp_path / "clean.py").write_text(SCRIPT)
-    (tmp_path / "clean.yaml").write_text(CONFIG)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    for command in COMMANDS.splitlines():
-        words = [sys.executable, *command.split()[1:]]
-        subprocess.run(words, cwd=tmp_path, env=env, check=True, capture_output=True)
+    run(tmp_path, "clean.py", "clean.yaml")
     found = documents(prepare_store(corpus(tmp_path / "data/clean", **WHOLE), tmp_path / "cache"))
     # Of copies it keeps the one with the least number in its part.
     kept = [r for part in raw for r in part if r["text"] != short and r["id"] != "0-3"]
     assert list(found.items()) == [(r["id"], r["text"]) for r in kept]
     assert [*(tmp_path / "data" / "cache").glob("*/train.tokens.bin")]
+
+    tokenizer = tmp_path / "data" / "tokenizer"
+    train_bpe(texts, 300).save_pretrained(tokenizer)
+    run(tmp_path, "tokenise.py", "tokens.yaml")
+    options = {"tokenizer": str(tokenizer), **WHOLE}
+    made, own = (
+        TokenStore(prepare_store(corpus(tmp_path / source, **options), tmp_path / "cache"), "train")
+        for source in ("data/tokens", "data/clean")
+    )
+    assert made.tokens.tolist() == own.tokens.tolist()
+    assert made.offsets.tolist() == own.offsets.tolist()
+    assert made.num_bytes.tolist() == own.num_bytes.tolist()

@@ -137,7 +137,9 @@ def open_texts(
     for file in files:
         try:
             source = open_files(Origin(key, file), RecordRules(text_column), "file")
-            for name, text in source.documents(lambda _: found.has_room(most_documents)):
+            if source.made_by is not None:
+                raise ConfigError(key, file, "holds tokens and no text; give texts")
+            for name, text, _ in source.documents(lambda _: found.has_room(most_documents)):
                 # The whole text, since a longest line may lie behind what is looked at.
                 fault = fault_of(text)
                 names[name] += 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
 
 from ...errors import ConfigError
 
@@ -18,6 +20,8 @@ class Document(NamedTuple):
 
     name: str
     text: str
+    tokens: NDArray[Any] | None = None
+    """(L,) token ids where another engine made them."""
 
 
 class Entry(NamedTuple):
@@ -33,6 +37,8 @@ class Source(ABC):
     def __init__(self) -> None:
         self.notes: list[str] = []
         """Lines for the user about what was left out before anything was read."""
+        self.made_by: str | None = None
+        """The tokenizer that made the tokens of the documents; None where they are texts."""
 
     @abstractmethod
     def entries(self) -> Iterator[Entry]:

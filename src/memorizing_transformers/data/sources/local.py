@@ -18,6 +18,7 @@ from .import_order import in_import_order
 from .record_files import READERS, record_files
 from .records import Records
 from .text_files import TextFiles, TextGroup
+from .token_files import TokenFiles, token_files
 
 
 def open_files(
@@ -26,34 +27,27 @@ def open_files(
     """Open the files that ``origin.value`` names.
 
     With ``group="file"``, ``.jsonl`` and ``.parquet`` files hold one document per record, and so do
-    ``.json`` files unless there are other kinds too, as in a folder of source code. Any other
-    file is one document. With ``group="folder"`` every file is text unless the rules group records;
-    texts of each top-level folder are joined in path order, and files next to those folders are
-    documents of their own. ``group="isabelle"`` does the same, but an Isabelle theory comes after
-    those that it imports. Hidden files and folders, and what this program wrote, are left out.
+    ``.json`` files unless there are other kinds too, as in a folder of source code. Files of tokens
+    that datatrove wrote hold documents too. Any other file is one document. With
+    ``group="folder"`` every file is text unless the rules group records; texts of each top-level
+    folder are joined in path order, and files next to those folders are documents of their own.
+    ``group="isabelle"`` does the same, but an Isabelle theory comes after those that it imports.
+    Hidden files and folders, and what this program wrote, are left out.
 
     Raises:
-        ConfigError: nothing is there, no file that can be read, or tokens in place of text.
+        ConfigError: nothing is there, no file that can be read, or texts next to tokens.
     """
     files, outputs = find_files(origin, cache_dir)
-    _refuse_tokens(files, origin)
-    source = _source(files, rules, group, origin, cache_dir)
+    if token_files(files):
+        source: Source = TokenFiles(files, group, origin)
+    else:
+        source = _source(files, rules, group, origin, cache_dir)
     if outputs:
         more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
         source.notes.append(
             f"{origin.value}: left out what this program wrote: {readable(outputs[0])}{more}"
         )
     return source
-
-
-def _refuse_tokens(files: Sequence[FoundFile], origin: Origin) -> None:
-    """Refuse files of tokens as datatrove writes them; some would look like text."""
-    for file in files:
-        if file.path.suffix == ".ds" and Path(f"{file.path}.index").is_file():
-            raise origin.error(
-                f"{readable(file.name)} holds tokens of datatrove, which have lost names and bytes "
-                "of documents; give the JSON lines or Parquet that they were made of"
-            )
 
 
 def _source(
@@ -123,7 +117,7 @@ class Chain(Source):
 def holds_records(source: Source) -> bool:
     """Whether some documents of a source come from records."""
     parts = source.parts if isinstance(source, Chain) else [source]
-    return any(not isinstance(part, TextFiles) for part in parts)
+    return any(not isinstance(part, (TextFiles, TokenFiles)) for part in parts)
 
 
 def _checked(source: TextFiles, origin: Origin) -> TextFiles:

@@ -14,6 +14,7 @@ from .files import find_files
 from .hub_datasets import PREFIX, HubDataset
 from .local import holds_records, open_files
 from .standard_library import held_out_split, library_files, standard_library
+from .token_files import index_of, token_files
 
 StrPath = str | Path
 
@@ -122,7 +123,9 @@ def source_files(settings: SourceSettings, cache_dir: Path | None = None) -> lis
         if value == STDLIB:
             files += library_files()
         elif value is not None:
-            files += [file.location for file in find_files(Origin(key, value), cache_dir).files]
+            found = find_files(Origin(key, value), cache_dir).files
+            files += [file.location for file in found]
+            files += [index_of(file.location) for file in token_files(found)]
     return files
 
 

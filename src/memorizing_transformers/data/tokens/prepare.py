@@ -35,6 +35,7 @@ from ..sources.splits import (
     source_files,
 )
 from .known_stores import KnownStore, tokenizer_files
+from .made_elsewhere import MadeElsewhere
 from .store import (
     FORMAT,
     MIN_TOKENS,
@@ -166,6 +167,11 @@ def _write_store(
     tokenizer: PreTrainedTokenizerBase | None,
     num_workers: int,
 ) -> None:
+    made = {
+        reading.origin: MadeElsewhere(tokenizer, settings.tokenizer.tokenizer, made_by)
+        for reading in readings
+        if (made_by := reading.source.made_by) is not None
+    }
     if tokenizer is None:
         log.info("training a BPE of %d tokens", settings.tokenizer.bpe_vocab_size)
         tokenizer = train_bpe(
@@ -184,7 +190,10 @@ def _write_store(
             for split in reading.splits
         }
         for reading in readings:
-            documents = _progress(reading.source.documents(_everything), "tokenising")
+            documents = reading.source.documents(_everything)
+            if reading.origin in made:
+                documents = made[reading.origin].with_texts(documents)
+            documents = _progress(documents, "tokenising")
             long_enough = _long_enough(documents, reading.split_of, writers, settings.shortest)
             encoded = encode_in_order(
                 encode, long_enough, num_workers, settings.tokenizer.tokenizer

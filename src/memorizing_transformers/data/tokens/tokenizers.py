@@ -154,6 +154,8 @@ def encode_in_order(
     """
 
     def ids(document: Document) -> NDArray[np.uint32]:
+        if document.tokens is not None:
+            return document.tokens
         try:
             return encode(document.text)
         except BaseException as error:
