@@ -11,7 +11,7 @@ import pytest
 from plans import VARIANTS, write_plan
 
 from memorizing_studies.ablation import runner as ablate
-from memorizing_studies.ablation.json_files import write_json
+from memorizing_studies.ablation.json_files import read_json, write_json
 from memorizing_studies.ablation.plan_file import load_plan
 from memorizing_studies.ablation.trial_callbacks import SameTexts
 from memorizing_transformers.errors import UserError
@@ -46,6 +46,28 @@ def test_a_folder_that_moved_is_the_same(base: Path, tmp_path: Path) -> None:
         if trial.source is not None:
             assert Path(trial.source).parent.parent == tmp_path / "moved"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_an_older_version_had_the_defaults_of_keys_that_came_later(
+    base: Path, tmp_path: Path
+) -> None:
+    plan = write_plan(tmp_path / "plan.yaml", base, tmp_path / "out")
+    ablate.make_trials(load_plan(plan))
+
+    def forget(key: str) -> None:
+        for file in (tmp_path / "out").rglob("trial.json"):
+            trial = read_json(file)
+            asked = {k: v for k, v in trial["asked"].items() if k.removeprefix("from.") != key}
+            assert len(asked) < len(trial["asked"])
+            write_json(file, {**trial, "asked": asked})
+
+    forget("model.activation")
+    ablate.make_trials(load_plan(plan))
+    forget("model.optimizer.lr")
+    with pytest.raises(
+        UserError, match=r"base: model\.optimizer\.lr = 0\.01, .* started with 0\.001"
+    ):
+        ablate.make_trials(load_plan(plan))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"asked": 1}'])

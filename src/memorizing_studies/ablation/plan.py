@@ -173,10 +173,19 @@ def build(plan: Plan, variant: Variant, seed: int) -> tuple[MemoryCLI, dict[str,
         raise UserError(f"variants.{variant.name}: {describe(error)[0]}") from error
     finally:
         logging.disable(logging.NOTSET)
-    found = {key: _plain(value) for key, value in vars(cli.config.as_flat()).items()}
+    return cli, {**_flat(cli.config), **settings, **limits}
+
+
+def defaults(plan: Plan) -> dict[str, Any]:
+    """Every config key that this version has, by its dotted name, with its default."""
+    return _flat(read_config(plan.base).parser.get_defaults())
+
+
+def _flat(config: Namespace) -> dict[str, Any]:
+    found = {key: _plain(value) for key, value in vars(config.as_flat()).items()}
     # The path of the base is not a setting.
     found.pop("config", None)
-    return cli, {**found, **settings, **limits}
+    return found
 
 
 def _plain(value: Any) -> Any:

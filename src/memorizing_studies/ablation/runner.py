@@ -14,7 +14,7 @@ from tqdm import tqdm
 from memorizing_transformers.errors import ConfigError, UserError
 
 from .json_files import read_json
-from .plan import Plan, check
+from .plan import Plan, check, defaults
 from .processes import Processes, ThisProcess
 from .slurm import SlurmJobs
 from .table import write_outcome
@@ -60,8 +60,10 @@ def make_trials(plan: Plan) -> list[Trial]:
             asked[variant.name, seed] = own
             trials.append(trial)
     try:
+        known = defaults(plan)
+        known |= {f"from.{key}": value for key, value in known.items()}
         for trial in trials:
-            _check_unchanged(trial, asked[trial.variant, trial.seed])
+            _check_unchanged(trial, asked[trial.variant, trial.seed], known)
         for trial in trials:
             trial.save(asked[trial.variant, trial.seed])
     except OSError as error:
@@ -75,11 +77,12 @@ def _depth(plan: Plan, name: str) -> int:
     return 0 if source is None else 1 + _depth(plan, source)
 
 
-def _check_unchanged(trial: Trial, now: dict[str, Any]) -> None:
+def _check_unchanged(trial: Trial, now: dict[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse a folder of other settings; what an older version did not ask had its default."""
     path = trial.path / "trial.json"
     try:
         found = read_json(path)
-        before = now if found is None else dict(found["asked"])
+        before = now if found is None else {**known, **found["asked"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; delete that folder, or give another --out") from error
     changed = [key for key in now if now[key] != before.get(key)]
