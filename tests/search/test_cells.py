@@ -215,6 +215,24 @@ def test_places_without_a_key_are_marked() -> None:
     assert torch.equal(made.keys[real], keys[made.slots[real] - 1000])
 
 
+def test_the_trial_by_keys_holds_no_more_scores_than_it_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Cells.of(clustered(1000, 0)[0, 0], torch.arange(1000))
+    most: list[int] = []
+    topk = Tensor.topk
+
+    def watched(self: Tensor, *args, **kwargs):
+        most.append(self.numel())
+        return topk(self, *args, **kwargs)
+
+    whole = made.recall_of_keys(8, 2, 2**30)
+    monkeypatch.setattr(Tensor, "topk", watched)
+    assert made.recall_of_keys(8, 2, 4 * 5000) == pytest.approx(whole)
+    assert 0.2 < whole < 1
+    assert max(most) <= 5000
+
+
 def test_few_queries_and_small_memories_are_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "LEAST_SLOTS", 2000)
     search, queries = CellSearch(), clustered(20, 7)

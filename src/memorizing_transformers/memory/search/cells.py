@@ -141,7 +141,7 @@ class CellSearch:
         probes = math.ceil(PROBES * growth * top_k / (1 - self.recall_target))
         if 2 * probes > len(cells.slots):
             return None
-        found = cells.recall_of_keys(top_k, probes)
+        found = cells.recall_of_keys(top_k, probes, self.score_bytes)
         return probes if found >= KEYS_FIND * self.recall_target else None
 
     @staticmethod

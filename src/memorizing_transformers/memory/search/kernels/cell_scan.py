@@ -94,16 +94,26 @@ class Cells:
         scores = self._scores(queries, pairs, scratch)
         return self._best_slots(scores, pairs, top_k)
 
-    def recall_of_keys(self, top_k: int, probes: int) -> float:
-        """Share of their true neighbours that some of the keys find, as queries."""
-        flat, stored = self.keys[: len(self.slots)].flatten(0, 1), self.slots.flatten() != NO_SLOT
-        asked = flat[stored][:: -(-int(stored.sum()) // SAMPLE)]
-        scores = (asked @ flat.T).masked_fill_(~stored, -torch.inf)
-        worst = scores.topk(top_k, 1).values[:, -1:] - 1e-5 * asked.norm(dim=1, keepdim=True)
-        places = torch.zeros(int(self.slots.max()) + 1, dtype=torch.int64)
-        places[self.slots.flatten()[stored]] = stored.nonzero().flatten()
-        found = scores.gather(1, places[self.search(asked, top_k, probes)])
-        return float((found >= worst).float().mean())
+    def recall_of_keys(self, top_k: int, probes: int, score_bytes: int) -> float:
+        """Share of their true neighbours that some of the keys find, as queries.
+
+        Args:
+            top_k: neighbours.
+            probes: cells a query.
+            score_bytes: bytes of scores that may live at once.
+        """
+        flat, slots = self.keys[: len(self.slots)].flatten(0, 1), self.slots.flatten()
+        stored = (slots != NO_SLOT).nonzero().flatten()
+        asked = flat[stored[:: -(-len(stored) // SAMPLE)]]
+        places = torch.zeros(int(slots.max()) + 1, dtype=torch.int64)
+        places[slots[stored]] = stored
+        found = 0
+        for part in asked.split(max(1, score_bytes // (4 * len(flat)))):
+            scores = (part @ flat.T).masked_fill_(slots == NO_SLOT, -torch.inf)
+            worst = scores.topk(top_k, 1).values[:, -1:] - 1e-5 * part.norm(dim=1, keepdim=True)
+            own = scores.gather(1, places[self.search(part, top_k, probes)])
+            found += int((own >= worst).sum())
+        return found / (len(asked) * top_k)
 
     def _best_cells(self, queries: Tensor, probes: int) -> Tensor:
         """(n, C) cells that look best, in any order."""
