@@ -72,6 +72,18 @@ def test_its_gradients_are_those_of_the_definition(chunk: None, dense: None) -> 
         torch.testing.assert_close(fast[counted], slow[counted])
 
 
+def test_gradients_keep_their_digits_where_a_copy_is_all_but_certain() -> None:
+    logits, tokens, odds = candidates(0)
+    upstream = torch.randn(2, 3, VOCAB, dtype=torch.float64)
+    gradients = []
+    for kind in (torch.float32, torch.float64):
+        given = logits.to(kind).requires_grad_()
+        # The logits themselves, since a softmax would leave no gradient to compare.
+        loss = (mixed(given, tokens, 1e6 * odds.to(kind)) * upstream.to(kind)).sum()
+        gradients.append(torch.autograd.grad(loss, given)[0].double())
+    torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-6)
+
+
 def test_bf16_logits_stay_near(chunk: None) -> None:
     logits, tokens, odds = (x.float() if x.is_floating_point() else x for x in candidates(1))
     found = mixed(logits.bfloat16(), tokens, odds)

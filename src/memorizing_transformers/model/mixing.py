@@ -191,9 +191,9 @@ class _MixIn(torch.autograd.Function):
         for start in range(0, logits.shape[1], CHUNK):
             part = (slice(None), slice(start, start + CHUNK))
             # The softmax of the logits as they were before.
-            before = (logits[part].to(above) - total[part][..., None]).exp_()
-            at = before.gather(-1, tokens[part])
-            before.scatter_add_(-1, tokens[part], at * torch.expm1(-F.softplus(above[part])))
-            result[part] += before.mul_(sums[part])
+            before = logits[part].to(above) - total[part][..., None]
+            # Taken off the logarithm: off the probability, little would be left of its digits.
+            before.scatter_add_(-1, tokens[part], -F.softplus(above[part]))
+            result[part] += before.exp_().mul_(sums[part])
         result.scatter_add_(-1, tokens, -change.to(result.dtype))
         return result, None, change, None
