@@ -10,8 +10,10 @@ from __future__ import annotations
 import glob
 import heapq
 import os
+import stat
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,9 @@ from .documents import Origin, first_line, readable
 from .outputs import Outputs
 
 DEEP = "**"
+
+Match = tuple[str, os.stat_result]
+"""The path of a file, and what the system says of it."""
 
 
 class FoundFile(NamedTuple):
@@ -58,7 +63,7 @@ def find_files(origin: Origin, cache_dir: Path | None = None) -> Found:
     """
     path = Path(origin.value).expanduser()
     if path.is_file():
-        root, kind, paths = path.parent, "file", iter([str(path)])
+        root, kind, paths = path.parent, "file", iter([(str(path), os.stat(path))])
     elif path.is_dir():
         root, kind, paths = path, "folder", _matches((glob.escape(str(path)), DEEP, "*"), origin)
     elif glob.has_magic(str(path)):
@@ -83,7 +88,10 @@ def find_files(origin: Origin, cache_dir: Path | None = None) -> Found:
 
 def place_of(file: Path | str) -> Hashable:
     """What is the same for all names of a file."""
-    facts = os.stat(file)
+    return _place(file, os.stat(file))
+
+
+def _place(file: Path | str, facts: os.stat_result) -> Hashable:
     # Some network file systems number no files.
     return (facts.st_dev, facts.st_ino) if facts.st_ino else os.path.realpath(file)
 
@@ -96,18 +104,18 @@ def _nothing(kind: str, outputs: bool) -> str:
     return f"{what} (hidden ones{also} are left out)"
 
 
-def _each_once(root: Path, paths: Iterator[str], with_hidden: bool) -> list[FoundFile]:
+def _each_once(root: Path, paths: Iterator[Match], with_hidden: bool) -> list[FoundFile]:
     """Of each file the name without links, else the first in path order; files in path order."""
     names: dict[Hashable, list[tuple[list[str], str]]] = {}
     # A corpus may have very many files, and strings are several times as fast as paths.
     start = os.path.join(root, "")
-    for path in paths:
+    for path, facts in paths:
         below = path[len(start) :] if path.startswith(start) else Path(path).relative_to(root)
         name = os.path.normpath(below).replace(os.sep, "/")
         if not name.isascii():  # alike in every locale
             name = os.fsencode(name).decode("utf-8", "surrogateescape")
         if with_hidden or not _hidden(name):
-            names.setdefault(place_of(path), []).append((name.split("/"), path))
+            names.setdefault(_place(path, facts), []).append((name.split("/"), path))
     real_root = os.path.realpath(root)
 
     def by_link(file: tuple[list[str], str]) -> bool:
@@ -127,24 +135,39 @@ def _hidden(name: str) -> bool:
     )
 
 
-def _matches(pattern: Sequence[str], origin: Origin) -> Iterator[str]:
+def _matches(pattern: Sequence[str], origin: Origin) -> Iterator[Match]:
     """The files that match the parts of a glob; a file may come under several names."""
     head = list(takewhile(lambda part: part != DEEP, pattern))
     if len(head) == len(pattern):
         for match in glob.iglob(os.path.join(*head)):
-            if os.path.isfile(match):
-                yield match
+            with suppress(OSError):  # a link that leads nowhere
+                facts = os.stat(match)
+                if stat.S_ISREG(facts.st_mode):
+                    yield match, facts
         return
-    tail = pattern[len(head) + 1 :] or ("*",)
+    tail = tuple(pattern[len(head) + 1 :]) or ("*",)
     tops = glob.iglob(os.path.join(*head)) if head else ["."]
     for top in tops:
         if os.path.isdir(top):
-            for folder in _folders(Path(top), origin):
-                yield from _matches((glob.escape(str(folder)), *tail), origin)
+            for folder, entries in _folders(Path(top), origin):
+                if tail == ("*",):
+                    yield from _files(entries)
+                else:
+                    yield from _matches((glob.escape(str(folder)), *tail), origin)
 
 
-def _folders(top: Path, origin: Origin) -> Iterator[Path]:
-    """A folder and those below it, each once: what no link leads to first."""
+def _files(entries: Sequence[os.DirEntry[str]]) -> Iterator[Match]:
+    """The files among a folder's entries that are not hidden, as the glob ``*`` has them."""
+    for entry in entries:
+        if not entry.name.startswith(".") and not entry.is_dir(follow_symlinks=False):
+            with suppress(OSError):
+                facts = entry.stat()
+                if stat.S_ISREG(facts.st_mode):
+                    yield entry.path, facts
+
+
+def _folders(top: Path, origin: Origin) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+    """A folder and those below it, each once and with its entries: what no link leads to first."""
     seen: set[Hashable] = set()
     waiting = deque([top])
     linked: list[Path] = []
@@ -154,18 +177,19 @@ def _folders(top: Path, origin: Origin) -> Iterator[Path]:
         if place in seen:
             continue
         seen.add(place)
-        yield folder
         try:
             with os.scandir(folder) as listing:
-                below = [
-                    folder / entry.name
-                    for entry in listing
-                    if not entry.name.startswith(".") and _is_folder(entry)
-                ]
+                entries = [*listing]
         except OSError as error:
             raise origin.error(
                 f"cannot list {readable(folder)} ({first_line(error)}); mend it or leave it out"
             ) from error
+        yield folder, entries
+        below = [
+            folder / entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and _is_folder(entry)
+        ]
         for path in below:
             if not path.is_symlink():
                 waiting.append(path)
