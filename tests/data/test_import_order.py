@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,26 @@ def test_of_two_theories_of_one_name_the_nearer_one_is_meant(here: str, there: s
 
 def test_a_theory_that_has_the_name_of_its_import_does_not_import_itself() -> None:
     assert order({"List.thy": header("List", '"HOL.List"')}) == ["List.thy"]
+
+
+def test_a_theory_of_the_library_is_not_the_one_of_its_name_here() -> None:
+    library = 'theory Extra imports "HOL-Library.Multiset" begin'
+    own = "theory Multiset imports Extra begin"
+    texts = {"E/Extra.thy": library, "E/Multiset.thy": own}
+    assert in_import_order(sorted(texts, reverse=True), texts.__getitem__) == [*texts]
+    plain = {
+        "Library/Multiset.thy": "theory Multiset imports Main begin",
+        "Library/Extra.thy": library,
+    }
+    for order in (sorted(plain), sorted(plain, reverse=True)):
+        assert in_import_order(order, plain.__getitem__) == [*plain]
+
+
+def test_unclosed_prose_takes_no_longer_the_longer_it_is() -> None:
+    text = "{* " * 40_000 + "\ntheory A imports B begin"
+    start = time.perf_counter()
+    assert imports_of(text) == []
+    assert time.perf_counter() - start < 2
 
 
 def test_a_long_chain_in_any_order() -> None:

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from memorizing_studies.tasks.texts import open_texts
@@ -167,6 +175,62 @@ def test_another_tokenizer_is_refused(stored, tokenizer, tmp_path, kind) -> None
     with pytest.raises(ConfigError, match=r"data\.tokenizer.*made-by/this") as error:
         stored(tmp_path / "a.ds", tokenizer=name)
     assert why.get(kind, "made no such file") in str(error.value)
+
+
+def test_a_tokenizer_whose_special_tokens_are_plain_text_of_another_is_refused(
+    stored, tokenizer, tmp_path
+) -> None:
+    """GPT-2 has ``!"#$%&'()*+,-./`` where newer vocabularies have special tokens."""
+    write(tmp_path / "a.ds", encoded(tokenizer, [f"{text}, {text}, {text}." for text in TEXTS]))
+    syllables = ["ba", "lo", "ri", "ne", "tu"]
+    words = ["".join(syllables[n // 5**k % 5] for k in range(5)) for n in range(5**5)]
+    rules = json.loads(train_bpe([" ".join(words)], 400).backend_tokenizer.to_str())
+    low = {index: name for name, index in rules["model"]["vocab"].items() if index < 17}
+    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    rules["added_tokens"] = [
+        {"id": index, "content": low[index], "special": True, **kind} for index in sorted(low)
+    ]
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules)))
+    save(changed, tmp_path / "other")
+    with pytest.raises(ConfigError, match="of the tokens that were checked"):
+        stored(tmp_path / "a.ds", tokenizer=str(tmp_path / "other"))
+
+
+def word_pieces(folder: Path) -> Path:
+    """A tokenizer that changes texts, and does not know every character."""
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=["[UNK]", "[SEP]"], show_progress=False
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", sep_token="[SEP]")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_with_unknown_characters_keeps_them(stored, tmp_path) -> None:
+    folder = word_pieces(tmp_path / "tokenizer")
+    texts = [f"{text} \u2603" for text in TEXTS]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    separator = PreTrainedTokenizerFast.from_pretrained(folder).sep_token_id
+    write(tmp_path / "a.ds", [[*ids, separator] for ids in encoded(folder, texts)])
+    made, own = (stored(tmp_path / n, tokenizer=str(folder)) for n in ("a.ds", "t.jsonl"))
+    assert np.array_equal(made.tokens, own.tokens)
+    assert np.array_equal(made.offsets, own.offsets)
+
+
+def test_a_tokenizer_that_cannot_be_checked_is_named(stored, tmp_path, caplog) -> None:
+    folder = word_pieces(tmp_path / "tokenizer")
+    ids = encoded(folder)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[a-z]"}, "content": "xy"}
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    write(tmp_path / "a.ds", ids)
+    stored(tmp_path / "a.ds", tokenizer=str(folder))
+    assert "nobody can tell whether it made the tokens" in caplog.text
 
 
 def damage_size(file: Path) -> None:

@@ -7,6 +7,7 @@ import posixpath
 import re
 from collections.abc import Callable, Sequence
 from graphlib import TopologicalSorter
+from itertools import islice
 from pathlib import PurePosixPath
 
 SUFFIX = ".thy"
@@ -14,16 +15,21 @@ HEADER_CHARACTERS = 1 << 14
 """No header is longer, comments in it included."""
 ASIDE = re.compile(
     r"\(\*(?:(?!\(\*|\*\)).)*\*\)"
-    r"|\\<open>(?:(?!\\<open>|\\<close>).)*\\<close>|\u2039[^\u2039\u203a]*\u203a|\{\*.*?\*\}",
+    r"|\\<open>(?:(?!\\<open>|\\<close>).)*\\<close>|\u2039[^\u2039\u203a]*\u203a"
+    r"|\{\*(?:(?!\{\*|\*\}).)*\*\}",
     re.DOTALL,
 )
 """A comment or a piece of prose with no other in it."""
 ASIDE_BEGINS = re.compile(r"\(\*|\\<open>|\u2039|\{\*")
 BEGINS = re.compile(r"(?:^|\*\)|\\<close>)\s*(theory)\s", re.MULTILINE)
+MOST_BEGINS = 100
+"""Of these, most are in comments; each takes a reading of what is before it."""
 HEADER = re.compile(
     r"""theory\s+(?:%\S+\s+)?(?:"[^"]*"|[\w.']+)\s+imports\b(.*?)\s(?:keywords|abbrevs|begin)\b""",
     re.DOTALL,
 )
+LIBRARY = re.compile(r"((?:HOL|Pure|ZF|FOL|CTT|LCF|Sequents)(?:-\w+)*)\.")
+"""Isabelle's own sessions before a theory's name."""
 NAME = re.compile(r'"([^"]*)"|([^\s"]+)')
 
 
@@ -56,7 +62,7 @@ def in_import_order(names: Sequence[str], read: Callable[[str], str]) -> list[st
 
 def imports_of(text: str) -> list[str]:
     """The imports of a theory as its header names them, without quotes."""
-    for begin in BEGINS.finditer(text):
+    for begin in islice(BEGINS.finditer(text), MOST_BEGINS):
         start = begin.start(1)
         if not ASIDE_BEGINS.search(_without_asides(text[:start])):
             rest = _without_asides(text[start : start + HEADER_CHARACTERS])
@@ -76,8 +82,14 @@ def _find(imported: str, importer: str, theories: Sequence[str]) -> str | None:
     """The theory of the same folder that an import means, None if it is elsewhere.
 
     A path is relative to the theory that imports. Of a name such as ``Session.Theory`` the last
-    part counts; if several theories have it, the one nearest to the importer does.
+    part counts; if several theories have it, the one nearest to the importer does. A theory of
+    Isabelle's own library is elsewhere, unless the importer is in a folder of that session.
     """
+    library = LIBRARY.match(imported)
+    if library:
+        session = library[1]
+        if not {session, session.rpartition("-")[2]} & {*PurePosixPath(importer).parts[:-1]}:
+            return None
     folder = posixpath.dirname(importer)
     exact = posixpath.normpath(posixpath.join(folder, imported)) + SUFFIX
     if exact in theories:
