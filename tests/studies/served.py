@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,16 +21,17 @@ from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
-def save_model(folder: Path) -> Path:
-    """A model of bytes in a folder, nearly all of whose last layer is what it retrieves."""
+def save_model(folder: Path, tokenizer: Any = None) -> Path:
+    """A model in a folder, nearly all of whose last layer is what it retrieves; of bytes, unless
+    another tokenizer is given."""
+    tokenizer = tokenizer or byte_tokenizer()
     torch.manual_seed(0)
     memory = {"size": 256, "top_k": 8, "combine": "fixed", "fixed_value": 0.9, "layers": [-1]}
     sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "xl_cache": 16}
-    model = MemorizingTransformer(vocab_size=256, memory=memory, **sizes)
+    model = MemorizingTransformer(vocab_size=len(tokenizer), memory=memory, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     model.tokenizer = tokenizer
     model.save_pretrained(folder)

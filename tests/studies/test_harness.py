@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from served import save_model
-from task_texts import latex
+from task_texts import code, latex
 from torch import Tensor
 
+from memorizing_studies.tasks.items import Item
+from memorizing_transformers.data.tokens.tokenized_text import tokenizing
+from memorizing_transformers.data.tokens.tokenizers import train_bpe
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.generation.session import Session
 
@@ -22,6 +27,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from memorizing_studies.harness.memorizing_lm import MemorizingLM
 from memorizing_studies.harness.prefixes import sessions_after, shared
+from memorizing_studies.harness.yaml import saved_items
 
 TEXT = "the ring of the sea is a field of the sea and the ring is "
 
@@ -166,29 +172,61 @@ def test_the_command_line_runs_a_task_of_its_own(folder: Path, tmp_path: Path) -
     assert 0 <= json.loads(file.read_text())["results"]["fields"]["acc,none"] <= 1
 
 
-def test_our_tasks_give_the_accuracy_of_the_command_tasks(folder: Path, tmp_path: Path) -> None:
+def methods(seed: int) -> str:
+    """Code whose names begin in the middle of a token: ``self._make_…``."""
+    return code(seed).replace("make_", "_make_").replace("= _make", "= self._make")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_our_tasks_give_the_accuracy_of_the_command_tasks(kind: str, tmp_path: Path) -> None:
+    texts = [latex(seed, 4) if kind == "bytes" else methods(seed) for seed in (0, 1)]
+    tokenizer = train_bpe(texts, 400) if kind == "bpe" else None
+    folder = save_model(tmp_path / "model", tokenizer)
     data = tmp_path / "texts.jsonl"
-    records = [{"title": str(seed), "text": latex(seed, 4)} for seed in (0, 1)]
+    records = [{"title": str(seed), "text": text} for seed, text in enumerate(texts)]
     data.write_text("\n".join(map(json.dumps, records)))
+    names = ["label-recall" if kind == "bytes" else "identifier-recall", "key-values"]
     command = [sys.executable, "-m", "memorizing_transformers", "tasks", "--model", str(folder)]
-    command += ["--data", str(data), "--tasks", "label-recall", "key-values", "--questions", "6"]
+    command += ["--data", str(data), "--tasks", *names, "--questions", "6"]
     command += ["--min_distance", "48", "--max_tokens", "1024", "--out", str(tmp_path / "tasks")]
     subprocess.run(command, check=True, capture_output=True, text=True)
     facts = json.dumps({"items": str(tmp_path / "tasks" / "items.json"), "data": str(data)})
     command = [sys.executable, "-m", "memorizing_studies.harness", "--model", "memorizing"]
     command += ["--model_args", f"pretrained={folder}", "--device", "cpu", "--metadata", facts]
-    command += ["--tasks", "memorizing_label_recall,memorizing_key_values"]
-    command += ["--output_path", str(tmp_path / "out")]
+    theirs = [f"memorizing_{name.replace('-', '_')}" for name in names]
+    command += ["--tasks", ",".join(theirs), "--output_path", str(tmp_path / "out")]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr[-2000:]
     (file,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text())["results"]
     scores = json.loads((tmp_path / "tasks" / "scores.json").read_text())
-    for ours, theirs in (("label-recall", "label_recall"), ("key-values", "key_values")):
+    for ours, other in zip(names, theirs, strict=True):
         right = [score["right"] for score in scores[ours]["memory on"]]
         assert len(right) > 2
-        expected = sum(right) / len(right)
-        assert found[f"memorizing_{theirs}"]["acc,none"] == pytest.approx(expected)
+        assert found[other]["acc,none"] == pytest.approx(sum(right) / len(right))
+
+
+def test_no_token_between_context_and_ending_is_left_out(judge: MemorizingLM) -> None:
+    text = methods(0)[:400] + " größer"
+    other = copy.copy(judge)
+    other._tokenized = tokenizing(train_bpe([text] * 3, 400))
+    whole = other.tok_encode(text)
+    for place in range(1, len(text)):
+        context, ending = other._encode_pair(text[:place], text[place:])
+        head = [] if context == [other.eot_token_id] else context
+        assert head + ending == whole
+        assert ending
+
+
+def test_a_question_and_its_answers_meet_at_white_space() -> None:
+    whole = "def _a(self):\n    pass\n\nx = y + self._b(3)"
+    place = whole.index("_b(3)")
+    item = Item(place, 9, 9, 0.5, candidates=("_a", "_b"), answer=1, after="(")
+    asked = saved_items._question(item, whole)
+    assert asked["context"] == whole[: place - len("self.")]
+    assert asked["choices"] == ["self._a(", "self._b("]
+    asked = saved_items._question(dataclasses.replace(item, before="\n  "), whole)
+    assert asked["choices"] == ["_a(", "_b("]
 
 
 @pytest.mark.parametrize(

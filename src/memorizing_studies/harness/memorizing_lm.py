@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memorizing_transformers.commands.reading import open_reader
-from memorizing_transformers.data.tokens.tokenized_text import tokenize
+from memorizing_transformers.data.tokens.tokenized_text import tokenizing
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.generation.causal_lm import SessionCache, causal_lm
 from memorizing_transformers.generation.session import Session
 
-from .prefixes import sessions_after
+from .prefixes import sessions_after, shared
 
 GENERATED = 256
 """Tokens of an answer, where a task does not say how many."""
@@ -64,20 +64,24 @@ class MemorizingLM(TemplateLM):
         for name, value in unknown.items():
             known = "pretrained, memory, segment_length, device"
             raise ConfigError(f"model_args.{name}", value, f"is not known; give {known}")
+        if memory is not None and not isinstance(memory, int):
+            raise ConfigError("model_args.memory", memory, "must be a whole number of slots")
         self.reader = open_reader(str(pretrained), segment_length, memory, device)
         self.tokenizer = self.reader.tokenizer
         if self.tokenizer is None:
             raise ConfigError("model_args.pretrained", pretrained, "holds no tokenizer")
         self.where = next(self.reader.model.parameters()).device
+        self._tokenized = tokenizing(self.tokenizer)
+        self._context: tuple[str, list[int]] = ("", [])
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a document, or else begins one, or else a new line."""
-        for name in ("eos_token_id", "bos_token_id"):
+        """What ends a document, or else begins one, or else a new line or any character."""
+        for name in ("eos_token_id", "bos_token_id", "sep_token_id", "cls_token_id"):
             found = getattr(self.tokenizer, name, None)
             if found is not None:
                 return int(found)
-        return self.tok_encode("\n")[0]
+        return (self.tok_encode("\n") or self.tok_encode("."))[0]
 
     @property
     def tokenizer_name(self) -> str:
@@ -88,7 +92,21 @@ class MemorizingLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
         """Token ids as training makes them: no special tokens are added."""
-        return tokenize(self.tokenizer, string).ids.tolist()
+        return self._tokenized(string).ids.tolist()
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both as they are next to each other.
+
+        A token with characters of both counts to the continuation. The harness would drop what the
+        end of the context becomes next to it: neither read nor scored.
+        """
+        text = context.rstrip()
+        continuation = context[len(text) :] + continuation
+        if self._context[0] != text:
+            self._context = (text, self.tok_encode(text))
+        before, whole = self._context[1], self.tok_encode(text + continuation)
+        count = max(0, min(shared(before, whole), len(whole) - 1))
+        return whole[:count] or [self.eot_token_id], whole[count:]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -141,7 +159,7 @@ class MemorizingLM(TemplateLM):
             # Padding comes last in its row, so no token that counts sees it.
             padded = torch.zeros(len(endings), longest - 1, dtype=torch.int64)
             for row, ending in enumerate(endings):
-                padded[row, : len(ending) - 1] = torch.tensor(ending[:-1])
+                padded[row, : len(ending) - 1] = torch.tensor(ending[:-1], dtype=torch.int64)
             rows = session.take([0] * len(endings))
             parts = (output.logits for _, output in rows.parts(padded.to(self.where)))
             whole = torch.cat([whole, *(part for part in parts if part is not None)], 1)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from memorizing_studies.tasks.items import load
+from memorizing_studies.tasks.items import Item, load
 from memorizing_studies.tasks.texts import open_texts
 from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 from memorizing_transformers.errors import ConfigError
+
+LONGEST_WORD = 100
+LAST_WORD = re.compile(r"\S*\Z")
 
 
 def choices(
@@ -51,14 +55,23 @@ def choices(
                 remedy = f"{items} asks about document {name!r}, which it holds otherwise or not"
                 raise ConfigError("metadata.data", data, remedy)
         whole = texts.join(sheet.pieces)
-        rows += [
-            {
-                "context": whole[: item.place] + item.before,
-                "choices": [candidate + item.after for candidate in item.candidates],
-                "answer": item.answer,
-                "distance": item.distance,
-            }
-            for item in sheet.items
-            if item.candidates
-        ]
+        rows += [_question(item, whole) for item in sheet.items if item.candidates]
+    if not rows:
+        raise ConfigError("metadata.items", items, f"holds no items of {recall}")
     return {"test": Dataset.from_list(rows)}
+
+
+def _question(item: Item, whole: str) -> dict[str, Any]:
+    """An item as the harness has it.
+
+    Candidates may become one token with the characters before them, each with others. So the word
+    before them, if they begin in one, is a part of each.
+    """
+    head = whole[: item.place] + item.before
+    word = LAST_WORD.findall(head[-LONGEST_WORD:])[0]
+    return {
+        "context": head[: len(head) - len(word)],
+        "choices": [word + candidate + item.after for candidate in item.candidates],
+        "answer": item.answer,
+        "distance": item.distance,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,27 +80,38 @@ def text_of(raw: bytes, name: str) -> str:
     return text
 
 
-def tokenize(tokenizer: Any, text: str) -> TokenizedText:
-    """The ids that training would give the text, each with its part of it.
+def tokenizing(tokenizer: Any) -> Callable[[str], TokenizedText]:
+    """From a text to the ids that training would give it, each with its part of it.
 
-    A tokenizer that cannot tell where its tokens lie gives back its own rendering of the text.
+    A tokenizer that cannot tell where its tokens lie gives back its own rendering of the text. For
+    several texts: what all of them need takes longer to make than to use.
     """
-    ids = make_encoder(tokenizer)(text).astype(np.int64)
-    raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-    if np.array_equal(ids, raw):
-        # One token a byte: every byte that continues no character begins one.
-        return TokenizedText(text, ids, np.cumsum((raw & 0xC0) != 0x80))
-    backend = backend_of(tokenizer)
-    if backend is None:
-        rendered = {token: tokenizer.decode([token]) for token in np.unique(ids).tolist()}
-        pieces = [rendered[token] for token in ids.tolist()]
-        return TokenizedText("".join(pieces), ids, np.cumsum([len(piece) for piece in pieces]))
-    encoding = text_only(backend).encode(text, add_special_tokens=False)
-    ends = np.asarray([end for _, end in encoding.offsets], dtype=np.int64)
-    ends = np.maximum.accumulate(ends)
-    if len(ends):
-        ends[-1] = len(text)
-    return TokenizedText(text, ids, ends)
+    encode, backend = make_encoder(tokenizer), backend_of(tokenizer)
+    copy = None if backend is None else text_only(backend)
+
+    def tokenized(text: str) -> TokenizedText:
+        ids = encode(text).astype(np.int64)
+        raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        if np.array_equal(ids, raw):
+            # One token a byte: every byte that continues no character begins one.
+            return TokenizedText(text, ids, np.cumsum((raw & 0xC0) != 0x80))
+        if copy is None:
+            rendered = {token: tokenizer.decode([token]) for token in np.unique(ids).tolist()}
+            pieces = [rendered[token] for token in ids.tolist()]
+            return TokenizedText("".join(pieces), ids, np.cumsum([len(piece) for piece in pieces]))
+        offsets = copy.encode(text, add_special_tokens=False).offsets
+        ends = np.asarray([end for _, end in offsets], dtype=np.int64)
+        ends = np.maximum.accumulate(ends)
+        if len(ends):
+            ends[-1] = len(text)
+        return TokenizedText(text, ids, ends)
+
+    return tokenized
+
+
+def tokenize(tokenizer: Any, text: str) -> TokenizedText:
+    """One text as `tokenizing` gives it."""
+    return tokenizing(tokenizer)(text)
 
 
 def name_of_token(tokenizer: Any, token: int) -> str:
