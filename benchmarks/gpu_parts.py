@@ -83,7 +83,11 @@ def searches(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Time and recall of each search for one segment of every row, by size and storage type."""
     for slots in shape.slots:
         for dtype in STORAGE_DTYPES:
-            yield from _searches_of(shape, device, slots, dtype)
+            try:
+                yield from _searches_of(shape, device, slots, dtype)
+            except torch.OutOfMemoryError:
+                full = {"search": "does not fit", "ms": None, "recall": None}
+                yield {"slots": slots, "dtype": dtype, **full}
 
 
 def _searches_of(shape: Shape, device: torch.device, slots: int, dtype: str) -> Iterator[Row]:
@@ -181,13 +185,19 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Row]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        step = Step(shape, device, **variant)
-        found = summary(timed(step, device, shape.seconds))["median"]
-        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         chosen = {"optimizer": "adamw", "compiled": False, "place": "model", **variant}
+        try:
+            step = Step(shape, device, **variant)
+            found = summary(timed(step, device, shape.seconds))["median"]
+        except torch.OutOfMemoryError:
+            unknown = dict.fromkeys(("ms", "of no memory", "tokens/s"))
+            yield {**chosen, **unknown, "peak GiB": "does not fit"}
+            continue
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         kind = (chosen["optimizer"], chosen["compiled"])
         without.setdefault(kind, found)
         tokens = shape.rows * shape.segment / found
+        del step
         yield {
             **chosen,
             "ms": 1e3 * found,
@@ -195,7 +205,6 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Row]:
             "tokens/s": tokens,
             "peak GiB": peak,
         }
-        del step
 
 
 def parity(shape: Shape, device: torch.device) -> Iterator[Row]:

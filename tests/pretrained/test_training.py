@@ -107,3 +107,12 @@ def test_data_with_another_tokenizer_are_refused(home: Path) -> None:
     data = data_of(home, tokenizer="bytes")
     with pytest.raises(ConfigError, match=r"data\.tokenizer.*model\.base"):
         trainer_of().test(module_of(home), data, verbose=False)
+
+
+def test_a_base_is_made_on_the_cpu_wherever_lightning_builds(home: Path) -> None:
+    """Lightning builds under the device of the run, where generators of the CPU are refused."""
+    module = module_of(home)
+    module.trainer = trainer_of()
+    with torch.device("meta"):
+        net = module.build_net()
+    assert {parameter.device.type for parameter in net.parameters()} == {"cpu"}

@@ -91,14 +91,18 @@ def test_finds_the_best_slot_of_each_bucket(
     queries = torch.randn(len(written), groups, count, width, device=fused.DEVICE).bfloat16()
     best, slots = fused.bucket_maxima(queries, memory, num_buckets)
     expected = expected_maxima(queries, memory, num_buckets)
-    torch.testing.assert_close(best, expected)
+    # Tensor cores add in another order, and scale int8 after the sum.
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(best, expected, **near)
     there = best > -torch.inf
     assert torch.equal(
         slots % num_buckets, torch.arange(num_buckets, device=slots.device).expand_as(slots)
     )
     # The slot is where the score comes from.
     scores = queries.float() @ memory.keys_at(...).nan_to_num().mT
-    torch.testing.assert_close(scores.gather(-1, slots.masked_fill(~there, 0))[there], best[there])
+    torch.testing.assert_close(
+        scores.gather(-1, slots.masked_fill(~there, 0))[there], best[there], **near
+    )
 
 
 def test_of_equal_scores_one_is_taken(fused: ModuleType) -> None:

@@ -97,12 +97,13 @@ class Attention(nn.Module):
         seen = cache.valid() if cache is not None and cache.size else None
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
         flexible = q.is_cuda and q.shape[2] >= FEWEST_QUERIES
-        flexible = flexible and flex_works(q.device, v.dtype, *heads)
+        # In a graph it cannot be tried; where it fails, the graph does, and the parts run.
+        in_graph = torch.compiler.is_compiling()
+        flexible = flexible and (in_graph or flex_works(q.device, v.dtype, *heads))
         mask_bytes = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * v.element_size()
         if q.is_cuda and not (with_mass or flexible or mask_bytes > MASK_BYTES):
             return self.fused(q, k, v, seen), None
         near, far = self.bias.near(k.shape[2])
-        in_graph = torch.compiler.is_compiling()
         asks = not (q.is_cuda or in_graph)  # else it would wait, or break the graph
         hidden = None if seen is None or (asks and bool(seen.all())) else ~seen
         attend: Any = opaque_local_attention if in_graph else local_attention

@@ -83,7 +83,9 @@ class NeighbourCopies(nn.Module):
 
     def candidates(self, inputs: CopyInputs) -> Candidates:
         """(B, N, 2 H C), C the smaller of K and ``copy_top_k``."""
-        memory, slots = inputs.memory, inputs.found.slots[..., : self.nearest]
+        memory, found = inputs.memory, inputs.found
+        # A kernel may number a slot that is not valid beyond the memory's end.
+        slots = found.slots.masked_fill(~found.valid, 0)[..., : self.nearest]
         own = memory.token_ids.long()
         # The newest pair is followed by the segment's first token, which every query knows.
         newest = (memory.written - memory.origin - 1) % memory.size

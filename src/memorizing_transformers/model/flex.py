@@ -6,12 +6,14 @@ Shapes: as in ``local_attention``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -28,19 +30,22 @@ ScoreChange = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """The score of row b, head h, query i and key j, changed."""
 
 
-def score_change(near: Tensor, cached: int, hidden: Tensor | None) -> ScoreChange:
+def score_change(near: Tensor, cached: int, keys: int, hidden: Tensor | None) -> ScoreChange:
     """Adds the bias by distance, and minus infinity to cached keys that a row may not see.
 
     Args:
         near: (H, F) bias at distances 0 to F - 1; beyond, it is 0.
         cached: keys W that lie before the segment.
+        keys: keys S in all.
         hidden: (B, W) bool, cached places that no query may see, or None.
     """
-    distances = near.shape[1]
-    table = torch.cat([near, near.new_zeros(near.shape[0], 1)], 1)
+    # A column for each distance: the backward pass adds to the table one score after the other,
+    # and all that are far away would wait for the same number.
+    table = F.pad(near, (0, max(0, keys - near.shape[1])))
+    last = table.shape[1] - 1
 
     def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        score = score + table[h, (i + cached - j).clamp(0, distances)]
+        score = score + table[h, (i + cached - j).clamp(0, last)]
         if hidden is None:
             return score
         unseen = (j < cached) & hidden[b, j.clamp(max=cached - 1)]
@@ -57,20 +62,31 @@ def causal_blocks(queries: int, keys: int, device: torch.device) -> BlockMask:
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i + cached
 
-    return create_block_mask(seen, None, None, queries, keys, device=str(device))
+    # The mask is kept: one made in inference mode could not be saved for a backward pass.
+    with torch.inference_mode(False):
+        return create_block_mask(seen, None, None, queries, keys, device=str(device))
 
 
 def flex_local_attention(
-    q: Tensor, k: Tensor, v: Tensor, near: Tensor, hidden: Tensor | None, with_mass: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    near: Tensor,
+    hidden: Tensor | None,
+    with_mass: bool = False,
+    trial: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What ``local_attention`` does: same arguments, same results.
 
-    On a CPU it runs without compiling and has no backward pass.
+    On a CPU it runs without compiling and has no backward pass. A trial has a kernel of its own.
     """
     queries, keys = q.shape[2], k.shape[2]
     # The compiler would make a kernel for each layer if a bias were a parameter of the module.
-    change = score_change(near.float(), keys - queries, hidden)
-    attend: Any = _compiled() if q.device.type == "cuda" else flex_attention
+    change = score_change(near.float(), keys - queries, keys, hidden)
+    attend: Any = flex_attention
+    if q.device.type == "cuda" and not torch.compiler.is_compiling():
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        attend = _kernel((q.device, q.dtype, *modes, with_mass, trial), (*q.shape, keys))
     with torch.autocast(q.device.type, enabled=False):
         output, extra = attend(
             q.to(v.dtype),
@@ -85,9 +101,23 @@ def flex_local_attention(
     return output, extra.lse if with_mass else None
 
 
+def _kernel(kind: tuple[Hashable, ...], shape: tuple[int, ...]) -> Any:
+    """The compiled kernel of a kind; for its first shape, that of training, for this shape alone.
+
+    What compilers keep of earlier shapes would make it a slower kernel for any shape. Each kind
+    counts its own compilations, for torch gives up after a few.
+    """
+    known = _FIRST_SHAPES.setdefault(kind, shape)
+    return _compiled(kind, shape == known)
+
+
+_FIRST_SHAPES: dict[tuple[Hashable, ...], tuple[int, ...]] = {}
+
+
 @cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention)
+def _compiled(kind: tuple[Hashable, ...], one_shape: bool) -> Any:
+    compiler: Any = torch.compile  # its types do not know the last key
+    return compiler(flex_attention, dynamic=False if one_shape else None, isolate_recompiles=True)
 
 
 @cache
@@ -102,12 +132,15 @@ def flex_works(
         return False
     made: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
     try:
-        with torch.enable_grad(), torch.inference_mode(False):
-            q = torch.randn(1, heads, 128, width, **made)
-            k, v = (torch.randn(1, kv_heads, 256, width, **made) for _ in range(2))
+        # Hooks of its own: those of activation checkpointing would compute the layer again. No
+        # random numbers: a resumed run would draw others than an unbroken one.
+        own = saved_tensors_hooks(lambda x: x, lambda x: x)
+        with torch.enable_grad(), torch.inference_mode(False), own:
+            q = torch.ones(1, heads, 128, width, **made)
+            k, v = (torch.ones(1, kv_heads, 256, width, **made) for _ in range(2))
             near = torch.zeros(heads, 32, device=device, requires_grad=True)
             hidden = torch.zeros(1, 128, dtype=torch.bool, device=device)
-            output, mass = flex_local_attention(q, k, v, near, hidden, with_mass=True)
+            output, mass = flex_local_attention(q, k, v, near, hidden, True, trial=True)
             assert mass is not None
             torch.autograd.grad(output.float().sum() + mass.sum(), (q, k, v, near))
     except Exception as error:  # of the compiler, of the driver, of a kernel that has no room

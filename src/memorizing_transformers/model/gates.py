@@ -172,7 +172,8 @@ class EvidenceGate(Gate):
             evidence.best,
             torch.zeros_like(evidence.best) if match is None else match,
         ]
-        logit = self.bias.float()[:, None] + (hidden.float() @ self.hidden.float().t()).mT
+        with torch.autocast(hidden.device.type, enabled=False):
+            logit = self.bias.float()[:, None] + (hidden.float() @ self.hidden.float().t()).mT
         for weight, x in zip(self.evidence.float(), known, strict=True):
             logit = logit + weight[:, None] * x
         return torch.sigmoid(logit)

@@ -69,7 +69,9 @@ class OutputHead:
     def _agrees(self, base: Any, vocabulary: int, count: int) -> bool:
         """Whether the likeliest and the unlikeliest tokens have the losses of the base's logits."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (1, count), generator=generator).to(base.device)
+        ids = torch.randint(vocabulary, (1, count), generator=generator, device="cpu").to(
+            base.device
+        )
         was = {module: module.training for module in base.modules()}
         base.eval()
         logits = base(ids, use_cache=False).logits

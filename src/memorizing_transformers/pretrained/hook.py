@@ -220,9 +220,6 @@ def softmax_attention(
     """
     repeats, (segment, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
     k, v = k.repeat_interleave(repeats, 1).float(), v.repeat_interleave(repeats, 1).float()
-    scores = q.float() @ k.mT
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
     place = torch.arange(keys, device=q.device)
     away = place[keys - segment :, None] - place
     allowed = away >= 0
@@ -232,9 +229,13 @@ def softmax_attention(
     if hidden is not None:
         past = F.pad(hidden, (0, keys - hidden.shape[1]))
         allowed = allowed & ~past[:, None]
-    scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-    mass = scores.logsumexp(-1)
-    return (scores - mass[..., None]).exp() @ v, mass
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.float() @ k.mT
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+        mass = scores.logsumexp(-1)
+        return (scores - mass[..., None]).exp() @ v, mass
 
 
 def attend_with_memory(

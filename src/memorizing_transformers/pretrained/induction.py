@@ -83,7 +83,7 @@ def induction_scores(model: nn.Module, seed: int = 0) -> dict[int, Tensor]:
     window = getattr(kind, "max_position_embeddings", None) or 2 * TOKENS
     count = min(TOKENS, window // 2)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(kind.vocab_size, (1, count), generator=generator)
+    ids = torch.randint(kind.vocab_size, (1, count), generator=generator, device="cpu")
     home = next(model.parameters()).device
     kept = {layer: module.config for layer, module in modules.items()}
     modes = {module: module.training for module in model.modules()}

@@ -50,7 +50,7 @@ def check_keys(
     """
     device = next(base.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, count), generator=generator).to(device)
+    ids = torch.randint(vocabulary, (1, count), generator=generator, device="cpu").to(device)
     places = torch.arange(count, device=device)[None]
     was = {module: module.training for module in base.modules()}
     base.eval()

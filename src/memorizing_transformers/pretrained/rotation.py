@@ -101,4 +101,6 @@ class Rotation:
 
     def to(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys (B, G, N, D) from position 0 to ``positions`` (B, N)."""
-        return self._turn(keys, *self.ask(positions))
+        # A memory may lie on another device than the model.
+        cos, sin = self.ask(positions.to(self.angles[0].device))
+        return self._turn(keys, cos.to(keys.device), sin.to(keys.device))

@@ -124,7 +124,9 @@ class MemorizingLM(HostSide):
         """The network that ``self.config`` describes, or the pretrained one with its memory."""
         if self.base is None:
             return Transformer(self.config)
-        return adapted_model(self.base, self.config, self.adapt, self.tokenizer)
+        # Lightning builds on the GPU, and what checks a base draws on the CPU. It is moved later.
+        with torch.device("cpu"):
+            return adapted_model(self.base, self.config, self.adapt, self.tokenizer)
 
     @property
     def memory_layers(self) -> list[int]:

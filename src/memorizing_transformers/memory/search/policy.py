@@ -73,7 +73,9 @@ def _triton(q: Tensor, memory: Readable, count: int, buckets: int, room: int) ->
 
     try:
         return triton_buckets(q, memory, count, buckets, room)
-    except TritonError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError) as error:  # the latter where there is no compiler of C
         raise KernelFailed(str(error)) from error
 
 
