@@ -1,6 +1,8 @@
 # Needs make and Python 3.10 or newer. Everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Whole files of tests at once, one thread each: several threads help so small models little.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-all lint format type bench torture lines all-keys smollm2 clean
 
@@ -26,10 +28,10 @@ quickstart: .venv/.runtime ## Train the small model on CPU, then test it with an
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
 test: .venv/.dev ## Run the tests, except the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/.dev ## Run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/.dev ## Check style and format
 	$(BIN)/ruff check
