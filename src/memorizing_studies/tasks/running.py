@@ -22,7 +22,7 @@ from rich.progress import (
 
 from memorizing_transformers.data.tokens.tokenizers import fingerprint_tokenizer
 from memorizing_transformers.errors import ConfigError
-from memorizing_transformers.training.checkpoint.opening import open_for_use, place
+from memorizing_transformers.training.checkpoint.opening import AnyModel, open_for_use, place
 
 from ..out_folder import out_folder
 from .continuations import Encoder
@@ -89,7 +89,7 @@ def open_arms(request: Request) -> list[Arm]:
         ConfigError: where a model cannot be opened.
     """
     model, segment = open_for_use(request.model, request.segment_length, request.memory_size)
-    place(model, request.device)
+    place(with_tokenizer(model, "model", request.model), request.device)
     arms = [Arm("no memory", model, segment)]
     if model.config.memory_layers and model.config.memory.size:
         arms = [Arm("memory on", model, segment), Arm("memory off", model, segment, 0)]
@@ -98,8 +98,25 @@ def open_arms(request: Request) -> list[Arm]:
     return arms
 
 
+def with_tokenizer(model: AnyModel, key: str, name: str) -> AnyModel:
+    """The same model.
+
+    Args:
+        model: as it was opened.
+        key: the option that names it.
+        name: its value.
+
+    Raises:
+        ConfigError: where it has no tokenizer.
+    """
+    if model.tokenizer is None:
+        remedy = "holds no tokenizer; set model.tokenizer and save the model again"
+        raise ConfigError(key, name, remedy)
+    return model
+
+
 def open_other(request: Request, key: str, name: str) -> Arm:
-    """The control or the reference model.
+    """The control, read without a memory even where it could have one, or the reference model.
 
     Args:
         request: where it shall compute, and so on.
@@ -113,8 +130,9 @@ def open_other(request: Request, key: str, name: str) -> Arm:
         model, segment = open_for_use(name, request.segment_length, None)
     except ConfigError as error:
         raise ConfigError(key, name, str(error).partition(": ")[2]) from error
-    place(model, request.device)
-    return Arm(key, model, segment)
+    place(with_tokenizer(model, key, name), request.device)
+    # A pretrained model is opened with a memory, and a control has none.
+    return Arm(key, model, segment, 0 if key == "control" else None)
 
 
 def make_items(request: Request, texts: Texts, tokenizer: Any) -> ItemSet:
