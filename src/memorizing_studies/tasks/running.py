@@ -238,7 +238,9 @@ def run(request: Request) -> None:
     )
     if not texts.texts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in texts.skipped.items())
-        remedy = f"no document can be used ({reasons or 'there is none'}); give longer texts"
+        remedy = (
+            f"no document can be used ({reasons or 'there is none'}); give others, or longer ones"
+        )
         raise ConfigError("data", " ".join(request.data), remedy)
     items = (
         make_items(request, texts, tokenizer)
