@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from task_texts import latex
+from transformers import ByT5Tokenizer
 
 from memorizing_studies.tasks.items import Piece
-from memorizing_studies.tasks.texts import Texts, open_texts
+from memorizing_studies.tasks.running import Request, make_items
+from memorizing_studies.tasks.task import Settings
+from memorizing_studies.tasks.texts import NO_PLACES, Texts, open_texts
 from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 from memorizing_transformers.errors import ConfigError
 
@@ -81,6 +84,47 @@ def test_binary_files_among_others_are_counted(tmp_path: Path) -> None:
     texts = opened(*(tmp_path / name for name in ("a.bin", "sets.txt", "pictures")))
     assert [*named(texts)] == ["sets.txt"]
     assert texts.skipped == {"binary": 3}
+
+
+def test_copies_of_a_document_are_skipped(tmp_path: Path) -> None:
+    """Else a part that is scored stands in the memory as a part of another document."""
+    content = text(0) * 9
+    copy = content[: MOST * 16] + "more that is not looked at"
+    documents = [("a", content), ("b", copy), ("c", text(1)), ("short", "x"), ("short", "x")]
+    texts = opened(records(tmp_path / "a.jsonl", *documents))
+    assert [*named(texts)] == ["a", "c"]
+    assert texts.skipped == {"a copy of another document": 1, "too short": 2}
+
+
+def test_a_tokenizer_of_renderings_reads_only_what_it_renders_as_it_is(tmp_path: Path) -> None:
+    documents = [("plain", text(0)), ("early", f"Größe {text(1)}"), ("late", f"{text(2)} Größe")]
+    texts = opened(records(tmp_path / "a.jsonl", *documents), tokenizer=ByT5Tokenizer())
+    # The first tokens of the last one are as they are.
+    assert [*named(texts)] == ["plain", "late"]
+    assert texts.skipped == {NO_PLACES: 1}
+    for one in texts.texts:
+        assert one.tokens.text == one.text[:MOST]
+        assert one.tokens.ends.tolist() == [*range(1, MOST + 1)]
+
+
+def test_a_background_that_holds_the_documents_makes_none_of_their_copies_known(
+    tmp_path: Path,
+) -> None:
+    data = records(tmp_path / "data.jsonl", ("a", latex(0)))
+    training = records(tmp_path / "training.jsonl", ("b", text(7) + latex(0)))
+    settings = Settings(min_distance=64, max_tokens=512)
+
+    def groups(*background: str) -> tuple[set[str], Any]:
+        request = Request("", [data], None, None, "", ["far-copies"], None, background, settings,
+                          1, "text", None, None, None)  # fmt: skip
+        items = make_items(request, opened(data, most=1), byte_tokenizer())
+        found = {item.group for sheet in items.tasks["far-copies"] for item in sheet.items}
+        return {group.split(",")[0] for group in found}, items.skipped["background"]
+
+    plain, skipped = groups()
+    assert (plain, skipped) == ({"the document's own"}, {})
+    assert groups(data) == (plain, {"also in --data": 1})
+    assert groups(data, training)[0] != plain
 
 
 def test_remedies_are_those_of_this_command(tmp_path: Path) -> None:

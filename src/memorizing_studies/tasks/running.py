@@ -27,13 +27,13 @@ from memorizing_transformers.training.checkpoint.opening import AnyModel, open_f
 from ..out_folder import out_folder
 from .continuations import Encoder
 from .far_copies import hashes
-from .items import Item, ItemSet, Piece, Sheet, load, save
+from .items import Item, ItemSet, Piece, Sheet, digest_of, load, save
 from .outcome import Outcome, overview, write_outcome
 from .scoring import Arm, Score, score_items
 from .suite import TASKS
 from .summary import summarize
 from .task import Settings
-from .texts import Texts, open_texts
+from .texts import CHARACTERS_PER_TOKEN, Texts, open_texts
 
 ITEMS, SCORES = "items.json", "scores.json"
 
@@ -137,19 +137,24 @@ def open_other(request: Request, key: str, name: str) -> Arm:
 
 def make_items(request: Request, texts: Texts, tokenizer: Any) -> ItemSet:
     """The items of all tasks that were asked for."""
-    settings = request.settings
+    settings, others = request.settings, Texts([])
     if request.background:
         others = open_texts(
             request.background, tokenizer, 2**62, 1, 2**62, request.text_column, "background"
         )
-        texts.background = [hashes(text.tokens.ids) for text in others.texts]
+        # Cut alike, so that a document that is there too is not taken for another text.
+        most, own = settings.max_tokens * CHARACTERS_PER_TOKEN, {*texts.digests().values()}
+        apart = [text for text in others.texts if digest_of(text.text[:most]) not in own]
+        texts.background = [hashes(text.tokens.ids) for text in apart]
+        others.skipped["also in --data"] += len(others.texts) - len(apart)
+        texts.notes += others.notes
     if request.reference is not None:
         texts.reference = open_other(request, "reference", request.reference)
         if not texts.reference.model.config.memory_layers:
             remedy = "has no memory, so no token gains by it; give a model with one"
             raise ConfigError("reference", request.reference, remedy)
     tasks: dict[str, Sequence[Sheet]] = {}
-    skipped = {"documents": dict(texts.skipped)}
+    skipped = {"documents": dict(texts.skipped), "background": dict(+others.skipped)}
     for name in request.tasks or TASKS:
         reasons: Counter[str] = Counter()
         tasks[name] = TASKS[name].build(texts, settings, settings.random(name), reasons)

@@ -27,6 +27,8 @@ LONGEST_LINE = 100_000
 """Characters of a line; a document with a longer one is skipped."""
 CHARACTERS_PER_TOKEN = 16
 """So many characters of a document are looked at for each token that is wanted."""
+NO_PLACES = "the tokenizer cannot tell where its tokens lie"
+"""The reason why a text is skipped of which a tokenizer gives a rendering."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Text:
             return whole
         end = int(whole.ends[self.most - 1])
         count = int(np.searchsorted(whole.ends, end, side="right"))
-        return TokenizedText(self.text[:end], whole.ids[:count], whole.ends[:count])
+        return TokenizedText(whole.text[:end], whole.ids[:count], whole.ends[:count])
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -129,23 +131,35 @@ def open_texts(
     Raises:
         ConfigError: where a file cannot be read.
     """
-    found = Texts([])
+    found, seen = Texts([]), set[str]()
     with closing(_documents(files, text_column, key, found)) as documents:
         for name, text in documents:
             if len(found.texts) == most_documents:
                 note = f"documents after the first {most_documents:,} that can be used: not read"
                 found.notes.append(note)
                 break
-            # The whole text, since a longest line may lie behind what is looked at.
-            fault = fault_of(text)
             one = Text(name, text[: most_tokens * CHARACTERS_PER_TOKEN], tokenizer, most_tokens)
-            if fault is None and len(one.tokens) < least_tokens:
-                fault = "too short"
+            digest = digest_of(one.text)
+            # The whole text, since a longest line may lie behind what is looked at.
+            fault = fault_of(text) or _fault_of_part(one, least_tokens)
+            if fault is None and digest in seen:
+                fault = "a copy of another document"
             if fault is None:
                 found.texts.append(one)
+                seen.add(digest)
             else:
                 found.skipped[fault] += 1
     return found
+
+
+def _fault_of_part(one: Text, least_tokens: int) -> str | None:
+    """Why what is looked at of a text cannot be used; None where it can."""
+    if len(one.tokens) < least_tokens:
+        return "too short"
+    # Places in a rendering would be other places in the text.
+    if not one.text.startswith(one.tokens.text):
+        return NO_PLACES
+    return None
 
 
 def _documents(
