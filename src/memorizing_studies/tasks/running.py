@@ -6,34 +6,25 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from memorizing_transformers.data.tokens.tokenizers import fingerprint_tokenizer
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.training.checkpoint.opening import AnyModel, open_for_use, place
 
 from ..out_folder import out_folder
-from .continuations import Encoder
+from .arms import check_places, score_all
 from .far_copies import hashes
-from .items import Item, ItemSet, Piece, Sheet, digest_of, load, save
+from .items import ItemSet, Sheet, digest_of, load, save
 from .outcome import Outcome, overview, write_outcome
-from .scoring import Arm, Score, score_items
+from .scoring import Arm
 from .suite import TASKS
 from .summary import summarize
 from .task import Settings
-from .texts import CHARACTERS_PER_TOKEN, Texts, open_texts
+from .texts import CHARACTERS_PER_TOKEN, Texts, find_texts, open_texts
 
 ITEMS, SCORES = "items.json", "scores.json"
 
@@ -135,6 +126,28 @@ def open_other(request: Request, key: str, name: str) -> Arm:
     return Arm(key, model, segment, 0 if key == "control" else None)
 
 
+def documents(request: Request, tokenizer: Any) -> Texts:
+    """The documents that items are made of.
+
+    Raises:
+        ConfigError: where none can be used.
+    """
+    texts = open_texts(
+        request.data,
+        tokenizer,
+        request.settings.max_tokens,
+        2 * request.settings.min_distance,
+        request.max_documents,
+        request.text_column,
+    )
+    if not texts.texts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in texts.skipped.items())
+        reasons = reasons or "there is none"
+        remedy = f"no document can be used ({reasons}); give others, or longer ones"
+        raise ConfigError("data", " ".join(request.data), remedy)
+    return texts
+
+
 def make_items(request: Request, texts: Texts, tokenizer: Any) -> ItemSet:
     """The items of all tasks that were asked for."""
     settings, others = request.settings, Texts([])
@@ -184,41 +197,6 @@ def saved_items(request: Request, known: ItemSet, texts: Texts) -> ItemSet:
     )
 
 
-def score_all(
-    arms: Sequence[Arm], items: ItemSet, texts: Texts
-) -> dict[str, dict[str, list[Score]]]:
-    """By task and arm the scores of all items; a text of several tasks is read once for all."""
-    # By the pieces of a text: of each of its items the task, the number there, and itself.
-    merged: dict[tuple[Piece, ...], list[tuple[str, int, Item]]] = {}
-    for name, sheets in items.tasks.items():
-        number = 0
-        for sheet in sheets:
-            for item in sheet.items:
-                merged.setdefault(sheet.pieces, []).append((name, number, item))
-                number += 1
-    found: dict[str, dict[str, dict[int, Score]]] = {
-        name: {arm.name: {} for arm in arms} for name in items.tasks
-    }
-    total = sum(max(max(i.place, i.end) for _, _, i in asked) for asked in merged.values())
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        for arm in arms:
-            encoder = Encoder(arm.model.tokenizer)
-            bar = progress.add_task(arm.name, total=total)
-            for pieces, asked in merged.items():
-                advance = partial(progress.advance, bar)
-                own = [item for _, _, item in asked]
-                scores = score_items(arm, encoder, texts.join(pieces), own, advance)
-                for (name, number, _), score in zip(asked, scores, strict=True):
-                    found[name][arm.name][number] = score
-            progress.update(bar, completed=total)
-    return {
-        name: {arm: [of[n] for n in sorted(of)] for arm, of in by_arm.items()}
-        for name, by_arm in found.items()
-    }
-
-
 def run(request: Request) -> None:
     """Do what the command says.
 
@@ -233,33 +211,25 @@ def run(request: Request) -> None:
     if known is not None:
         names = set(asdict(settings))
         settings = Settings(**{k: v for k, v in known.settings.items() if k in names})
-    texts = open_texts(
-        request.data,
-        tokenizer,
-        settings.max_tokens,
-        2 * settings.min_distance,
-        request.max_documents,
-        request.text_column,
-    )
-    if not texts.texts:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in texts.skipped.items())
-        remedy = (
-            f"no document can be used ({reasons or 'there is none'}); give others, or longer ones"
+    if known is None:
+        texts = documents(request, tokenizer)
+        items = make_items(request, texts, tokenizer)
+    else:
+        texts = find_texts(
+            request.data, tokenizer, settings.max_tokens, known.digests, request.text_column
         )
-        raise ConfigError("data", " ".join(request.data), remedy)
-    items = (
-        make_items(request, texts, tokenizer)
-        if known is None
-        else saved_items(request, known, texts)
-    )
+        items = saved_items(request, known, texts)
     asked = {name: [i for s in sheets for i in s.items] for name, sheets in items.tasks.items()}
     if not any(asked.values()):
         remedy = (
             "no task finds an item in these documents; give longer ones or a smaller min_distance"
         )
         raise ConfigError("data", " ".join(request.data), remedy)
+    check_places(arms, items, texts)
     out = out_folder(request.out)
-    save(items, out / ITEMS)
+    # The file that was read can hold more tasks than were asked for.
+    if request.items is None or Path(request.items).resolve() != (out / ITEMS).resolve():
+        save(items, out / ITEMS)
     scores = score_all(arms, items, texts)
     whole = {n: {a: [asdict(s) for s in of] for a, of in by.items()} for n, by in scores.items()}
     (out / SCORES).write_text(json.dumps(whole), "utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -160,6 +160,38 @@ def _fault_of_part(one: Text, least_tokens: int) -> str | None:
     if not one.text.startswith(one.tokens.text):
         return NO_PLACES
     return None
+
+
+def find_texts(
+    files: Sequence[str],
+    tokenizer: Any,
+    most_tokens: int,
+    names: Collection[str],
+    text_column: str = "text",
+    key: str = "data",
+) -> Texts:
+    """The documents of these names that files hold; whatever their lengths.
+
+    Args:
+        files: as for ``open_texts``, and in the same order.
+        tokenizer: that of the model, which need not be the one that items were made with.
+        most_tokens: as items were made with, since documents are cut by it.
+        names: which ones; those after the last of them are not read.
+        text_column: column of records that holds the text.
+        key: option to name in errors.
+
+    Raises:
+        ConfigError: where a file cannot be read.
+    """
+    found = Texts([])
+    with closing(_documents(files, text_column, key, found)) as documents:
+        for name, text in documents:
+            if name in names:
+                cut = text[: most_tokens * CHARACTERS_PER_TOKEN]
+                found.texts.append(Text(name, cut, tokenizer, most_tokens))
+            if len(found.texts) == len(names):
+                break
+    return found
 
 
 def _documents(
