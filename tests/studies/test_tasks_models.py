@@ -47,7 +47,10 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
 
 
 def test_a_pretrained_control_has_no_memory(
-    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     (tmp_path / "sets.txt").write_text(latex(0, 4))
     call(monkeypatch, "--model", pretrained, "--control", pretrained, *SMALL,
@@ -57,6 +60,10 @@ def test_a_pretrained_control_has_no_memory(
     for by_arm in scores.values():
         assert by_arm["control"] == by_arm["memory off"]
         assert by_arm["control"] != by_arm["memory on"]
+    # Segments of 64 and as long an XL cache; items begin at 48.
+    for name in ("table.md", "index.html"):
+        assert "sees up to 128 tokens back" in (tmp_path / "out" / name).read_text("utf-8")
+    assert "sees up to 128 tokens back" in capsys.readouterr().out.replace("\n", " ")
     control, reference = (open_other(request(pretrained), key, str(pretrained))
                           for key in ("control", "reference"))  # fmt: skip
     assert (control.size, reference.size) == (0, None)

@@ -11,8 +11,12 @@ from examples import small_model
 from task_texts import bpe, isabelle, latex
 from transformers import ByT5Tokenizer
 
+from memorizing_studies.tasks.arms import cautions
+from memorizing_studies.tasks.items import Item, ItemSet, Sheet
+from memorizing_studies.tasks.scoring import Arm
 from memorizing_transformers.__main__ import main
-from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
+from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer, fingerprint_tokenizer
+from memorizing_transformers.training.checkpoint.opening import open_for_use
 
 SMALL = ["--questions", 8, "--min_distance", 400, "--max_tokens", 1600]
 
@@ -76,6 +80,31 @@ def test_asking_some_of_the_items_keeps_the_file(
          "--out", "other")  # fmt: skip
     tasks = json.loads((tmp_path / "other" / "items.json").read_text())["tasks"]
     assert tasks.keys() == {"label-recall"}
+
+
+def test_cautions_say_what_figures_do_not_show(models: dict[str, Path]) -> None:
+    def arm(name: str, segment: int = 64) -> Arm:
+        return Arm(name, open_for_use(str(models[name]), None, None)[0], segment)
+
+    def items(*some: Item, **settings: Any) -> ItemSet:
+        return ItemSet({"task": [Sheet((), some)]}, {}, settings, {})
+
+    part = Item(place=1, end=2, x=0, distance=0, chance=0.0)
+    choice = Item(place=1, x=0, distance=0, chance=0.5, candidates=("a", "b"))
+    both, one = [arm("bytes"), arm("bpe", 99)], [arm("bytes")]
+    own = {"tokenizer": fingerprint_tokenizer(byte_tokenizer())}
+    (near,) = cautions(both, items(choice), 64 + 50)
+    assert near.startswith("bpe sees up to 115 tokens back without a memory")
+    for arms, asked, expected in (
+        (both, items(part), 1),
+        (both, items(choice), 0),
+        (one, items(part, choice), 0),
+        (one, items(part, choice, **own), 0),
+        (one, items(part, choice, tokenizer="another"), 1),
+    ):
+        found = cautions(arms, asked, 115)
+        assert len(found) == expected
+        assert all("tokenizers" in line for line in found)
 
 
 @pytest.mark.parametrize("key", ["--model", "--control"])

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from memorizing_transformers.data.tokens.encoding_rules import backend_of
+from memorizing_transformers.data.tokens.tokenizers import fingerprint_tokenizer
 from memorizing_transformers.errors import UserError
 
 from .continuations import Encoder
@@ -41,6 +42,36 @@ def check_places(arms: Sequence[Arm], items: ItemSet, texts: Texts) -> None:
                     f"{arm.name}: {NO_PLACES} in these documents; give a model with a fast "
                     "tokenizer, or documents of ASCII"
                 )
+
+
+def cautions(arms: Sequence[Arm], items: ItemSet, min_distance: int) -> list[str]:
+    """Sentences about what the figures do not show.
+
+    Args:
+        arms: what the figures are of.
+        items: what was asked.
+        min_distance: tokens, the shortest distance of the items.
+    """
+    found = []
+    arm, reach = max(
+        ((arm, arm.segment + arm.model.config.xl_cache) for arm in arms), key=lambda one: one[1]
+    )
+    if min_distance < reach:
+        found.append(
+            f"{arm.name} sees up to {reach:,} tokens back without a memory, in its segment and its "
+            f"XL cache, and items begin at {min_distance:,}; give --min_distance {reach} to leave "
+            "out what needs no memory"
+        )
+    parts = any(not i.candidates for own in items.tasks.values() for s in own for i in s.items)
+    tokenizers = {fingerprint_tokenizer(arm.model.tokenizer) for arm in arms}
+    tokenizers.add(items.settings.get("tokenizer", min(tokenizers)))
+    if parts and len(tokenizers) > 1:
+        found.append(
+            "the tokenizers of the items and of all arms are not the same; nats and perplexity of "
+            "parts are for each token of an arm's own tokenizer, so compare them only where it is "
+            "the same"
+        )
+    return found
 
 
 def score_all(

@@ -16,7 +16,7 @@ from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.training.checkpoint.opening import AnyModel, open_for_use, place
 
 from ..out_folder import out_folder
-from .arms import check_places, score_all
+from .arms import cautions, check_places, score_all
 from .far_copies import hashes
 from .items import ItemSet, Sheet, digest_of, load, save
 from .outcome import Outcome, overview, write_outcome
@@ -207,14 +207,13 @@ def run(request: Request) -> None:
     known = None if request.items is None else load(Path(request.items))
     arms = open_arms(request)
     tokenizer = arms[0].model.tokenizer
-    settings = request.settings
-    if known is not None:
-        names = set(asdict(settings))
-        settings = Settings(**{k: v for k, v in known.settings.items() if k in names})
     if known is None:
+        settings = request.settings
         texts = documents(request, tokenizer)
         items = make_items(request, texts, tokenizer)
     else:
+        names = set(asdict(request.settings))
+        settings = Settings(**{k: v for k, v in known.settings.items() if k in names})
         texts = find_texts(
             request.data, tokenizer, settings.max_tokens, known.digests, request.text_column
         )
@@ -245,10 +244,11 @@ def run(request: Request) -> None:
         **{key.replace("_", " "): value for key, value in asdict(settings).items()},
     }
     tasks = [TASKS[name] for name, own in asked.items() if own]
-    outcome = Outcome(facts, tasks, rows, items.skipped)
+    notes = cautions(arms, items, settings.min_distance)
+    outcome = Outcome(facts, tasks, rows, items.skipped, notes)
     write_outcome(outcome, out)
     for task in tasks:
         Console().print(overview(task, outcome.of(task)))
-    for line in [*texts.notes, *outcome.skips()]:
+    for line in [*texts.notes, *outcome.cautions, *outcome.skips()]:
         print(line)
     print(f"results: {out / 'index.html'}")
