@@ -82,6 +82,30 @@ def test_asking_some_of_the_items_keeps_the_file(
     assert tasks.keys() == {"label-recall"}
 
 
+def test_a_folder_holds_the_last_run_and_what_is_not_of_tasks(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logs of other programs, and a picture, lie where results go."""
+    (tmp_path / "data.txt").write_text(latex(0, 4))
+    out = tmp_path / "out"
+    (out / "tensorboard" / "trial").mkdir(parents=True)
+    others = {out / "tensorboard" / "events.out.tfevents.1.host.2.3",
+              out / "tensorboard" / "trial" / "events.out.tfevents.4", out / "far-copies.png"}  # fmt: skip
+    for file in others:
+        file.write_text("")
+    common = ["--model", models["bytes"], "--data", tmp_path / "data.txt", "--out", out, *SMALL]
+
+    def files() -> set[Path]:
+        return {path for path in out.rglob("*") if path.suffix == ".png" or "tfevents" in path.name}
+
+    call(monkeypatch, *common, "--tasks", "label-recall")
+    (event,) = files() - others - {out / "label-recall.png"}
+    call(monkeypatch, *common, "--tasks", "variables")
+    (other,) = files() - others - {out / "variables.png"}
+    assert event != other
+    assert files() >= {file for file in others if file.suffix != ".png"}
+
+
 def test_cautions_say_what_figures_do_not_show(models: dict[str, Path]) -> None:
     def arm(name: str, segment: int = 64) -> Arm:
         return Arm(name, open_for_use(str(models[name]), None, None)[0], segment)

@@ -231,6 +231,9 @@ def run(request: Request) -> None:
         save(items, out / ITEMS)
     scores = score_all(arms, items, texts)
     whole = {n: {a: [asdict(s) for s in of] for a, of in by.items()} for n, by in scores.items()}
+    if (out / SCORES).exists():  # of an earlier run, which can have drawn other tasks
+        for name in TASKS:
+            (out / f"{name}.png").unlink(missing_ok=True)
     (out / SCORES).write_text(json.dumps(whole), "utf-8")
     rows = [row for name, own in asked.items() if own for row in summarize(name, own, scores[name])]
     facts = {
