@@ -220,7 +220,7 @@ def test_saved_items_are_of_the_same_documents(
 def test_texts_of_the_training_make_boilerplate_known(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "train.txt").write_text(code(0))
+    (tmp_path / "train.txt").write_text(latex(7) + code(0))
     common = ["--model", model, "--data", data, "--tasks", "far-copies", *SMALL]
     call(monkeypatch, *common, "--out", tmp_path / "plain")
     call(monkeypatch, *common, "--out", tmp_path / "known", "--background", tmp_path / "train.txt")

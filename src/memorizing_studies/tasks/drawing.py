@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from .task import Task
 COLUMNS = 3
 MOST = 9
 """Groups that are drawn, at most."""
+SUFFIX = ".tasks"
+"""Ends the names of event files that are written here."""
 
 
 def draw(task: Task, rows: Sequence[Row]) -> Figure:
@@ -77,14 +78,15 @@ def write_tensorboard(folder: Path, rows: Sequence[Row], figures: Mapping[str, F
     """A scalar for each row, its place as the step, and the plots as images.
 
     Args:
-        folder: replaced.
+        folder: what was written here before is removed; logs of other programs stay.
         rows: of all tasks.
         figures: by task.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder)) as writer:
+    for file in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
+        file.unlink()
+    with SummaryWriter(str(folder), filename_suffix=SUFFIX) as writer:
         for row in rows:
             place = "all" if row.x is None else "by_place"
             tag = tag_of(row.task, row.measure, place, row.group, row.arm)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .continuations import Encoder, start_of
 from .items import Item, Sheet
-from .scoring import Arm, note_losses
+from .scoring import Arm, note_losses, refuse_no_number
 from .task import Settings, Task, drawn_evenly
 from .texts import Texts
 
@@ -30,7 +30,11 @@ PER_QUESTION = 10
 
 
 def losses_of(arm: Arm, encoder: Encoder, text: str) -> tuple[NDArray[np.float64], NDArray]:
-    """The loss (L,) of each token of a text in nats, and where each token ends in characters."""
+    """The loss (L,) of each token of a text in nats, and where each token ends in characters.
+
+    Raises:
+        UserError: where the model's logits are not finite.
+    """
     tokens = encoder.text(text)
     session, begin = arm.session(), 0
     losses = np.zeros((2, len(tokens)))
@@ -39,6 +43,7 @@ def losses_of(arm: Arm, encoder: Encoder, text: str) -> tuple[NDArray[np.float64
         assert output.logits is not None
         note_losses(losses, output.logits[0], ids[0], begin)
         begin += part.shape[1]
+    refuse_no_number(arm, losses[0])
     return losses[0], tokens.ends
 
 

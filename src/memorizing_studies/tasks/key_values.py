@@ -68,7 +68,11 @@ class KeyValues(Task):
         self, texts: Texts, settings: Settings, random: Random, skipped: Counter[str]
     ) -> list[Sheet]:
         """Texts with few and many facts, each asked for at several distances."""
-        places = distances(settings)
+        longest = max((len(text.tokens) for text in texts.texts), default=0)
+        places = [one for one in distances(settings) if LEAD + one + SPARE <= longest]
+        if not places:
+            skipped[TOO_SHORT] += 1
+            return []
         per_cell = max(1, settings.questions // (len(PLANS) * len(places)))
         filler = Filler(texts, random)
         sheets = []
@@ -90,7 +94,7 @@ class KeyValues(Task):
         before, after = syntax_of(whole).fact
         names = [*islice(new_names(whole, random), plan.keys)]
         rounds = 2 if plan.changed else 1
-        values = [*islice(new_values(whole, random), max(CHOICES, rounds * plan.keys))]
+        values = new_values(whole, random, max(CHOICES, rounds * plan.keys))
         lines = [
             f"{before.format(name=names[number % plan.keys])}{value}{after}"
             for number, value in enumerate(values[: rounds * plan.keys])

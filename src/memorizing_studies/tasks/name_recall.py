@@ -59,7 +59,7 @@ LEMMAS = Naming(
         r"\b(?:add|simp|intro|dest|elim|subst|rule|metis|blast|fact|OF|THEN|using|unfolding|from)\b"
         r"[^\"]*\s$"
     ),
-    used_before=")]\n",
+    used_before=")]\n\r",
     no_names=frozenset({"assumes", "constrains", "defines", "fixes", "notes", "obtains", "shows"}),
 )
 

@@ -28,6 +28,8 @@ class Outcome:
     rows: Sequence[Row]
     skipped: Mapping[str, Mapping[str, int]]
     """By task, or ``documents``: how many were skipped, by the reason."""
+    cautions: Sequence[str] = ()
+    """Sentences about what the figures do not show."""
 
     def of(self, task: Task) -> list[Row]:
         """The rows of a task."""
@@ -115,7 +117,7 @@ def markdown(outcome: Outcome) -> str:
                 table = [heads, ["---"] * len(heads), *lines]
                 escaped = (" | ".join(c.replace("|", r"\|") for c in line) for line in table)
                 parts += [f"### {title}", "\n".join(f"| {line} |" for line in escaped)]
-    parts.append(NOTE)
+    parts += [NOTE, *outcome.cautions]
     parts += ["\n".join(f"- {line}" for line in outcome.skips())] if outcome.skips() else []
     return "\n\n".join(parts) + "\n"
 
@@ -156,5 +158,5 @@ def write_outcome(outcome: Outcome, out: Path) -> None:
         }
         for task in outcome.tasks
     ]
-    page = render(outcome.facts, sections, figures, [NOTE, *outcome.skips()])
+    page = render(outcome.facts, sections, figures, [NOTE, *outcome.cautions, *outcome.skips()])
     (out / "index.html").write_text(page, "utf-8", newline="\n")

@@ -6,34 +6,25 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from memorizing_transformers.data.tokens.tokenizers import fingerprint_tokenizer
 from memorizing_transformers.errors import ConfigError
-from memorizing_transformers.training.checkpoint.opening import open_for_use, place
+from memorizing_transformers.training.checkpoint.opening import AnyModel, open_for_use, place
 
 from ..out_folder import out_folder
-from .continuations import Encoder
+from .arms import cautions, check_places, score_all
 from .far_copies import hashes
-from .items import Item, ItemSet, Piece, Sheet, load, save
+from .items import ItemSet, Sheet, digest_of, load, save
 from .outcome import Outcome, overview, write_outcome
-from .scoring import Arm, Score, score_items
+from .scoring import Arm
 from .suite import TASKS
 from .summary import summarize
 from .task import Settings
-from .texts import Texts, open_texts
+from .texts import CHARACTERS_PER_TOKEN, Texts, find_texts, open_texts
 
 ITEMS, SCORES = "items.json", "scores.json"
 
@@ -89,7 +80,7 @@ def open_arms(request: Request) -> list[Arm]:
         ConfigError: where a model cannot be opened.
     """
     model, segment = open_for_use(request.model, request.segment_length, request.memory_size)
-    place(model, request.device)
+    place(with_tokenizer(model, "model", request.model), request.device)
     arms = [Arm("no memory", model, segment)]
     if model.config.memory_layers and model.config.memory.size:
         arms = [Arm("memory on", model, segment), Arm("memory off", model, segment, 0)]
@@ -98,8 +89,25 @@ def open_arms(request: Request) -> list[Arm]:
     return arms
 
 
+def with_tokenizer(model: AnyModel, key: str, name: str) -> AnyModel:
+    """The same model.
+
+    Args:
+        model: as it was opened.
+        key: the option that names it.
+        name: its value.
+
+    Raises:
+        ConfigError: where it has no tokenizer.
+    """
+    if model.tokenizer is None:
+        remedy = "holds no tokenizer; set model.tokenizer and save the model again"
+        raise ConfigError(key, name, remedy)
+    return model
+
+
 def open_other(request: Request, key: str, name: str) -> Arm:
-    """The control or the reference model.
+    """The control, read without a memory even where it could have one, or the reference model.
 
     Args:
         request: where it shall compute, and so on.
@@ -113,25 +121,53 @@ def open_other(request: Request, key: str, name: str) -> Arm:
         model, segment = open_for_use(name, request.segment_length, None)
     except ConfigError as error:
         raise ConfigError(key, name, str(error).partition(": ")[2]) from error
-    place(model, request.device)
-    return Arm(key, model, segment)
+    place(with_tokenizer(model, key, name), request.device)
+    # A pretrained model is opened with a memory, and a control has none.
+    return Arm(key, model, segment, 0 if key == "control" else None)
+
+
+def documents(request: Request, tokenizer: Any) -> Texts:
+    """The documents that items are made of.
+
+    Raises:
+        ConfigError: where none can be used.
+    """
+    texts = open_texts(
+        request.data,
+        tokenizer,
+        request.settings.max_tokens,
+        2 * request.settings.min_distance,
+        request.max_documents,
+        request.text_column,
+    )
+    if not texts.texts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in texts.skipped.items())
+        reasons = reasons or "there is none"
+        remedy = f"no document can be used ({reasons}); give others, or longer ones"
+        raise ConfigError("data", " ".join(request.data), remedy)
+    return texts
 
 
 def make_items(request: Request, texts: Texts, tokenizer: Any) -> ItemSet:
     """The items of all tasks that were asked for."""
-    settings = request.settings
+    settings, others = request.settings, Texts([])
     if request.background:
         others = open_texts(
             request.background, tokenizer, 2**62, 1, 2**62, request.text_column, "background"
         )
-        texts.background = [hashes(text.tokens.ids) for text in others.texts]
+        # Cut alike, so that a document that is there too is not taken for another text.
+        most, own = settings.max_tokens * CHARACTERS_PER_TOKEN, {*texts.digests().values()}
+        apart = [text for text in others.texts if digest_of(text.text[:most]) not in own]
+        texts.background = [hashes(text.tokens.ids) for text in apart]
+        others.skipped["also in --data"] += len(others.texts) - len(apart)
+        texts.notes += others.notes
     if request.reference is not None:
         texts.reference = open_other(request, "reference", request.reference)
         if not texts.reference.model.config.memory_layers:
             remedy = "has no memory, so no token gains by it; give a model with one"
             raise ConfigError("reference", request.reference, remedy)
     tasks: dict[str, Sequence[Sheet]] = {}
-    skipped = {"documents": dict(texts.skipped)}
+    skipped = {"documents": dict(texts.skipped), "background": dict(+others.skipped)}
     for name in request.tasks or TASKS:
         reasons: Counter[str] = Counter()
         tasks[name] = TASKS[name].build(texts, settings, settings.random(name), reasons)
@@ -161,41 +197,6 @@ def saved_items(request: Request, known: ItemSet, texts: Texts) -> ItemSet:
     )
 
 
-def score_all(
-    arms: Sequence[Arm], items: ItemSet, texts: Texts
-) -> dict[str, dict[str, list[Score]]]:
-    """By task and arm the scores of all items; a text of several tasks is read once for all."""
-    # By the pieces of a text: of each of its items the task, the number there, and itself.
-    merged: dict[tuple[Piece, ...], list[tuple[str, int, Item]]] = {}
-    for name, sheets in items.tasks.items():
-        number = 0
-        for sheet in sheets:
-            for item in sheet.items:
-                merged.setdefault(sheet.pieces, []).append((name, number, item))
-                number += 1
-    found: dict[str, dict[str, dict[int, Score]]] = {
-        name: {arm.name: {} for arm in arms} for name in items.tasks
-    }
-    total = sum(max(max(i.place, i.end) for _, _, i in asked) for asked in merged.values())
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        for arm in arms:
-            encoder = Encoder(arm.model.tokenizer)
-            bar = progress.add_task(arm.name, total=total)
-            for pieces, asked in merged.items():
-                advance = partial(progress.advance, bar)
-                own = [item for _, _, item in asked]
-                scores = score_items(arm, encoder, texts.join(pieces), own, advance)
-                for (name, number, _), score in zip(asked, scores, strict=True):
-                    found[name][arm.name][number] = score
-            progress.update(bar, completed=total)
-    return {
-        name: {arm: [of[n] for n in sorted(of)] for arm, of in by_arm.items()}
-        for name, by_arm in found.items()
-    }
-
-
 def run(request: Request) -> None:
     """Do what the command says.
 
@@ -206,37 +207,33 @@ def run(request: Request) -> None:
     known = None if request.items is None else load(Path(request.items))
     arms = open_arms(request)
     tokenizer = arms[0].model.tokenizer
-    settings = request.settings
-    if known is not None:
-        names = set(asdict(settings))
+    if known is None:
+        settings = request.settings
+        texts = documents(request, tokenizer)
+        items = make_items(request, texts, tokenizer)
+    else:
+        names = set(asdict(request.settings))
         settings = Settings(**{k: v for k, v in known.settings.items() if k in names})
-    texts = open_texts(
-        request.data,
-        tokenizer,
-        settings.max_tokens,
-        2 * settings.min_distance,
-        request.max_documents,
-        request.text_column,
-    )
-    if not texts.texts:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in texts.skipped.items())
-        remedy = f"no document can be used ({reasons or 'there is none'}); give longer texts"
-        raise ConfigError("data", " ".join(request.data), remedy)
-    items = (
-        make_items(request, texts, tokenizer)
-        if known is None
-        else saved_items(request, known, texts)
-    )
+        texts = find_texts(
+            request.data, tokenizer, settings.max_tokens, known.digests, request.text_column
+        )
+        items = saved_items(request, known, texts)
     asked = {name: [i for s in sheets for i in s.items] for name, sheets in items.tasks.items()}
     if not any(asked.values()):
         remedy = (
             "no task finds an item in these documents; give longer ones or a smaller min_distance"
         )
         raise ConfigError("data", " ".join(request.data), remedy)
+    check_places(arms, items, texts)
     out = out_folder(request.out)
-    save(items, out / ITEMS)
+    # The file that was read can hold more tasks than were asked for.
+    if request.items is None or Path(request.items).resolve() != (out / ITEMS).resolve():
+        save(items, out / ITEMS)
     scores = score_all(arms, items, texts)
     whole = {n: {a: [asdict(s) for s in of] for a, of in by.items()} for n, by in scores.items()}
+    if (out / SCORES).exists():  # of an earlier run, which can have drawn other tasks
+        for name in TASKS:
+            (out / f"{name}.png").unlink(missing_ok=True)
     (out / SCORES).write_text(json.dumps(whole), "utf-8")
     rows = [row for name, own in asked.items() if own for row in summarize(name, own, scores[name])]
     facts = {
@@ -250,10 +247,11 @@ def run(request: Request) -> None:
         **{key.replace("_", " "): value for key, value in asdict(settings).items()},
     }
     tasks = [TASKS[name] for name, own in asked.items() if own]
-    outcome = Outcome(facts, tasks, rows, items.skipped)
+    notes = cautions(arms, items, settings.min_distance)
+    outcome = Outcome(facts, tasks, rows, items.skipped, notes)
     write_outcome(outcome, out)
     for task in tasks:
         Console().print(overview(task, outcome.of(task)))
-    for line in [*texts.notes, *outcome.skips()]:
+    for line in [*texts.notes, *outcome.cautions, *outcome.skips()]:
         print(line)
     print(f"results: {out / 'index.html'}")

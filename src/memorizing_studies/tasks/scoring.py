@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memorizing_transformers.data.tokens.tokenized_text import TokenizedText
+from memorizing_transformers.errors import UserError
 from memorizing_transformers.generation.session import Session
 from memorizing_transformers.training.checkpoint.opening import AnyModel
 
@@ -158,6 +159,9 @@ def score_items(
         text: the text.
         items: in any order.
         advance: is told how many characters were read, each time.
+
+    Raises:
+        UserError: where the model's logits are not finite.
     """
     tokens = encoder.text(text)
     scores: dict[int, Score] = {}
@@ -183,20 +187,31 @@ def score_items(
         if number is not None and last is not None:
             choice, answer = choices[number], items[number].answer
             found = score_candidates(session, last, choice.candidates, choice.unscored)
+            refuse_no_number(arm, found)
             count = len(choice.candidates[answer]) - choice.unscored
             scores[number] = rate(found, answer, count)
     for number, (first, stop) in parts.items():
         nats, right = losses[:, first:stop].mean(1).tolist()
+        refuse_no_number(arm, [nats])
         scores[number] = Score(right, nats, stop - first)
     return [scores[number] for number in range(len(items))]
 
 
 def _part(tokens: TokenizedText, item: Item) -> tuple[int, int]:
-    """The tokens of an item's part: those that begin in it, but not the first of the text."""
+    """The tokens that hold an item's part, or some of it, but not the first of the text."""
     first = max(1, tokens_before(tokens, item.place))
-    if start_of(tokens, first) < item.place:
-        first += 1
     return first, max(first + 1, tokens_up_to(tokens, item.end))
+
+
+def refuse_no_number(arm: Arm, values: Sequence[float] | NDArray[np.float64]) -> None:
+    """Refuse a model whose losses are no numbers.
+
+    Raises:
+        UserError: naming the arm.
+    """
+    if np.isnan(values).any():
+        why = "the model's logits are not finite; give another checkpoint"
+        raise UserError(f"{arm.name}: {why}")
 
 
 def note_losses(losses: NDArray[np.float64], logits: Tensor, ids: Tensor, begin: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 SAMPLE = 20_000
@@ -51,7 +52,7 @@ SYNTAXES = (
     ),
     Syntax(
         "code",
-        re.compile(r"^\s*(?:def|class|import|from|fn|func|static|return)\b|[;{]$", re.M),
+        re.compile(r"^\s*(?:def|class|import|from|fn|func|static|return)\b|[;{]\r?$", re.M),
         ("{name} = ", "\n"),
         "{name}",
         "def {name}(first, second):\n    return first.join(second)\n",
@@ -91,8 +92,16 @@ def new_names(text: str, random: Random) -> Iterator[str]:
             yield name
 
 
-def new_values(text: str, random: Random) -> Iterator[str]:
-    """Numbers of four digits that do not occur in a text, none twice."""
-    numbers = [str(number) for number in range(1000, 10_000)]
+def new_values(text: str, random: Random, count: int) -> list[str]:
+    """Numbers of equally many digits that do not occur in a text, none twice: of four digits, or
+    of more where the text holds too many of those."""
+    least = 1000
+    numbers = [*range(least, 10 * least)]
     random.shuffle(numbers)
-    return (number for number in numbers if number not in text)
+    while True:
+        new = (str(number) for number in numbers if str(number) not in text)
+        found = [*islice(new, count)]
+        if len(found) == count:
+            return found
+        least *= 100
+        numbers = random.sample(range(least, 10 * least), len(numbers))

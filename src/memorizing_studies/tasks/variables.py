@@ -57,7 +57,7 @@ class VariableTracking(Task):
         before, after = syntax.fact
         made_up = new_names(whole, random)
         names = [[*islice(made_up, CHAINS)] for _ in range(hops + 1)]
-        values = [*islice(new_values(whole, random), CHAINS)]
+        values = new_values(whole, random, CHAINS)
         lines: list[str] = []
         last: dict[int, int] = {}
         for hop, own in enumerate(names):
