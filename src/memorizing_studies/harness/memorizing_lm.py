@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
+from memorizing_studies.tasks.scoring import rows_at_once
 from memorizing_transformers.commands.reading import open_reader
 from memorizing_transformers.data.tokens.tokenized_text import tokenizing
 from memorizing_transformers.errors import ConfigError
@@ -138,7 +140,10 @@ class MemorizingLM(TemplateLM):
         for place, session, logits in tqdm(sessions, "contexts", len(contexts), disable=quiet):
             numbers = by_context[contexts[place]]
             endings = [requests[number][2] for number in numbers]
-            for number, found in zip(numbers, self._score(session, logits, endings), strict=True):
+            rows = rows_at_once(session, max(map(len, endings)), logits.shape[-1])
+            parts = (endings[start : start + rows] for start in range(0, len(endings), rows))
+            scores = chain.from_iterable(self._score(session, logits, part) for part in parts)
+            for number, found in zip(numbers, scores, strict=True):
                 results[number] = found
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], found)
         return results

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from memorizing_transformers.data.tokens.encoding_rules import backend_of, text_only
-from memorizing_transformers.data.tokens.tokenized_text import TokenizedText, tokenize
+from memorizing_transformers.data.tokens.tokenized_text import TokenizedText, tokenizing
 
 from .items import Item
 
@@ -50,18 +50,15 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.text: Callable[[str], TokenizedText] = tokenizing(tokenizer)
+        """The tokens of a text."""
         backend = backend_of(tokenizer)
         self._backend = None if backend is None else text_only(backend)
-
-    def text(self, text: str) -> TokenizedText:
-        """The tokens of a text."""
-        return tokenize(self.tokenizer, text)
 
     def short(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Of each short text its ids, and where they end in characters."""
         if self._backend is None:
-            found = [tokenize(self.tokenizer, text) for text in texts]
+            found = [self.text(text) for text in texts]
             return [(one.ids.tolist(), one.ends.tolist()) for one in found]
         encoded = self._backend.encode_batch([*texts], add_special_tokens=False)
         return [(one.ids, np.maximum.accumulate([end for _, end in one.offsets]).tolist())

@@ -111,7 +111,7 @@ def score_candidates(
     rests = [candidate[shared:] for candidate in candidates]
     longest = max(map(len, rests))
     scores: list[float] = []
-    rows = _rows_at_once(fork, longest, last.shape[-1])
+    rows = rows_at_once(fork, longest, last.shape[-1])
     for start in range(0, len(rests) if longest else 0, rows):
         chunk = rests[start : start + rows]
         ids = torch.tensor([[*one, *[0] * (longest - len(one))] for one in chunk], device=device)
@@ -125,7 +125,7 @@ def score_candidates(
     return [total + score for score in scores or [0.0] * len(candidates)]
 
 
-def _rows_at_once(session: Session, count: int, vocabulary: int) -> int:
+def rows_at_once(session: Session, count: int, vocabulary: int) -> int:
     """Candidates of ``count`` tokens that are read together."""
     rows = BYTES // (4 * vocabulary * max(1, count))
     if session.open.count + count > session.segment_length:

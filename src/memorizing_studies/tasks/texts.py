@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from memorizing_transformers.data.sources.files import find_files
 from memorizing_transformers.data.sources.local import open_files
 from memorizing_transformers.data.sources.text_files import TextFiles, TextGroup
 from memorizing_transformers.data.sources.token_files import token_files
-from memorizing_transformers.data.tokens.tokenized_text import TokenizedText, tokenize
+from memorizing_transformers.data.tokens.tokenized_text import TokenizedText, tokenizing
 from memorizing_transformers.errors import ConfigError
 
 from .items import Piece, digest_of
@@ -29,6 +29,10 @@ CHARACTERS_PER_TOKEN = 16
 """So many characters of a document are looked at for each token that is wanted."""
 NO_PLACES = "the tokenizer cannot tell where its tokens lie"
 """The reason why a text is skipped of which a tokenizer gives a rendering."""
+
+
+_tokenizing = lru_cache(maxsize=4)(tokenizing)
+"""What all texts of a tokenizer need takes longer to make than to use."""
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Text:
     @cached_property
     def tokens(self) -> TokenizedText:
         """Its tokens."""
-        whole = tokenize(self.tokenizer, self.text)
+        whole = _tokenizing(self.tokenizer)(self.text)
         if len(whole) <= self.most:
             return whole
         end = int(whole.ends[self.most - 1])
