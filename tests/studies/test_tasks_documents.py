@@ -71,7 +71,7 @@ def test_documents_after_the_last_that_is_wanted_are_not_read(tmp_path: Path) ->
     texts = opened(first, tmp_path / "b.jsonl", most=3)
     assert [*named(texts)] == ["0", "1", "2"]
     assert texts.skipped == {"too short": 1}
-    assert texts.notes == ["documents after the first 3 that can be used: not read"]
+    assert texts.notes == ["documents after the first 3 usable ones were not read"]
     whole = records(tmp_path / "c.jsonl", *((f"{n}", text(n)) for n in range(3)))
     assert not opened(whole, most=3).notes
 

@@ -12,10 +12,11 @@ from task_texts import bpe, isabelle, latex
 from transformers import ByT5Tokenizer
 
 from memorizing_studies.tasks.arms import cautions
-from memorizing_studies.tasks.items import Item, ItemSet, Sheet
+from memorizing_studies.tasks.items import Item, ItemSet, Piece, Sheet, load, save
 from memorizing_studies.tasks.scoring import Arm
 from memorizing_transformers.__main__ import main
 from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer, fingerprint_tokenizer
+from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.training.checkpoint.opening import open_for_use
 
 SMALL = ["--questions", 8, "--min_distance", 400, "--max_tokens", 1600]
@@ -105,6 +106,40 @@ def test_a_folder_holds_the_last_run_and_what_is_not_of_tasks(
     (other,) = files() - others - {out / "variables.png"}
     assert event != other
     assert files() >= logs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": []}, "AttributeError"),
+        ({"settings": {"max_tokens": "many"}}, "max_tokens is 'many', not a whole number"),
+        ({"settings": {"seed": None}}, "seed is None"),
+        ({"skipped": 3}, "AttributeError"),
+        ({"skipped": {"documents": {"empty": "2"}}}, "skipped: a count"),
+        ({"digests": []}, "AttributeError"),
+        ({"digests": {}}, "document 'a' has none"),
+        ({"tasks": {"x": [{"pieces": [], "items": [{}]}]}}, "TypeError"),
+        ({"tasks": {"x": 3}}, "TypeError"),
+    ],
+)
+def test_items_that_a_hand_changed_are_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "items.json"
+    item = Item(place=1, x=0, distance=0, chance=0.5, candidates=("a", "b"), answer=1)
+    sheet = Sheet((Piece("a", 0, 3),), (item,))
+    items = ItemSet({"x": [sheet]}, {"documents": {"empty": 2}}, {"seed": 0}, {"a": "12"})
+    save(items, path)
+    assert load(path) == items
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | change))
+    with pytest.raises(ConfigError, match=r"items = .*is no items\.json of") as error:
+        load(path)
+    assert words in str(error.value)
+    whole["tasks"]["x"][0]["items"][0]["answer"] = 2
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match="no candidate 2"):
+        load(path)
 
 
 def test_cautions_say_what_figures_do_not_show(models: dict[str, Path]) -> None:

@@ -125,10 +125,35 @@ def load(path: Path) -> ItemSet:
         if whole["format"] != FORMAT:
             raise ValueError(f"format {whole['format']}, this version reads {FORMAT}")
         tasks = {name: [_sheet(s) for s in sheets] for name, sheets in whole["tasks"].items()}
-        return ItemSet(tasks, whole["skipped"], whole["settings"], whole["digests"])
+        items = ItemSet(tasks, whole["skipped"], whole["settings"], whole["digests"])
+        _check(items)
+        return items
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = f"is no items.json of this command ({first_line(error)}); leave it out"
         raise ConfigError("items", str(path), remedy) from error
+
+
+def _check(items: ItemSet) -> None:
+    """Refuse what a hand put in the place of what ``save`` wrote.
+
+    Raises:
+        ValueError: saying what is wrong.
+        AttributeError: where something else stands in the place of a dictionary.
+    """
+    for name, value in items.settings.items():
+        if name != "tokenizer" and type(value) is not int:
+            raise ValueError(f"settings: {name} is {value!r}, not a whole number")
+    for reasons in items.skipped.values():
+        if not all(type(count) is int for count in reasons.values()):
+            raise ValueError("skipped: a count is not a whole number")
+    known = items.digests.keys()
+    for sheet in (sheet for sheets in items.tasks.values() for sheet in sheets):
+        for piece in sheet.pieces:
+            if piece.document and piece.document not in known:
+                raise ValueError(f"digests: document {piece.document!r} has none")
+        for item in sheet.items:
+            if item.candidates and not 0 <= item.answer < len(item.candidates):
+                raise ValueError(f"tasks: an item has no candidate {item.answer}")
 
 
 def _sheet(record: dict[str, Any]) -> Sheet:

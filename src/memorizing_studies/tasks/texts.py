@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -139,7 +139,7 @@ def open_texts(
     with closing(_documents(files, text_column, key, found)) as documents:
         for name, text in documents:
             if len(found.texts) == most_documents:
-                note = f"documents after the first {most_documents:,} that can be used: not read"
+                note = f"documents after the first {most_documents:,} usable ones were not read"
                 found.notes.append(note)
                 break
             one = Text(name, text[: most_tokens * CHARACTERS_PER_TOKEN], tokenizer, most_tokens)
@@ -200,7 +200,7 @@ def find_texts(
 
 def _documents(
     files: Sequence[str], text_column: str, key: str, found: Texts
-) -> Iterator[tuple[str, str]]:
+) -> Generator[tuple[str, str], None, None]:
     """The name and the text of each document; no two names are the same.
 
     Args:
