@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from memorizing_studies.tasks.items import Item, load
-from memorizing_studies.tasks.texts import open_texts
+from memorizing_studies.tasks.texts import find_texts
 from memorizing_transformers.data.tokens.tokenizers import byte_tokenizer
 from memorizing_transformers.errors import ConfigError
 
@@ -45,7 +45,10 @@ def choices(
         raise ConfigError("metadata.items", items, f"holds no items of {recall}")
     files = [data] if isinstance(data, str) else [*data]
     # Places are in characters, so any tokenizer does.
-    texts = open_texts(files, byte_tokenizer(), known.settings["max_tokens"], 0, 2**40, text_column)
+    most = known.settings.get("max_tokens")
+    if not isinstance(most, int):
+        raise ConfigError("metadata.items", items, "does not say max_tokens; write it anew")
+    texts = find_texts(files, byte_tokenizer(), most, known.digests, text_column)
     digests = texts.digests()
     rows = []
     for sheet in known.tasks[recall]:
