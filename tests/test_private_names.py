@@ -37,6 +37,7 @@ USED: dict[str, Callable[[], Any]] = {
     "_can_stop_early": lambda: Trainer(logger=False, enable_checkpointing=False).fit_loop,
     "_checkpoint_connector": lambda: Trainer(logger=False, enable_checkpointing=False),
     "_data_parallel_size": ModelParallelStrategy,
+    "_encode_pair": lambda: TemplateLM,
     "_from_pretrained": lambda: PyTorchModelHubMixin,
     "_hub_mixin_config": lambda: PyTorchModelHubMixin,
     "_loglikelihood_tokens": lambda: TemplateLM,
