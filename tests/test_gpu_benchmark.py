@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,25 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr == "gpu.py: no CUDA device here; --rehearse runs tiny sizes on the CPU\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_had_no_time_are_named(tmp_path: Path) -> None:
+    command = [*COMMAND, "--rehearse", "--minutes", "0", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    facts = json.loads((tmp_path / "gpu.json").read_text())
+    parts = [row["part"] for row in facts["not begun"]]
+    assert parts == ["parity", "tests", "steps", "searches", "profile"]
+    assert "not begun" in (tmp_path / "gpu.md").read_text()
+
+
+def test_rows_without_a_time_are_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
+    plot = importlib.import_module("gpu").plot
+    row = {"search": "exact", "dtype": "float32", "slots": 64, "ms": 1.0}
+    cut = {**dict.fromkeys(row), "slots": "no time left"}
+    full = {"slots": 8, "optimizer": "adamw", "compiled": False, "place": "cpu", "ms": None}
+    plot({"searches": [row, cut], "steps": [full]}, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").is_file()
 
 
 @pytest.mark.slow  # a minute: it compiles, and collects the tests

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..data.tokens.tokenized_text import read_text, tokenize
-from ..data.tokens.tokenizers import fingerprint_tokenizer
+from ..data.tokens.tokenized_text import read_text
+from ..data.tokens.tokenizers import Encoder, fingerprint_tokenizer, make_encoder
 from ..errors import ConfigError
 from ..generation.library import CAPACITY, Library, adding, is_library
 from ..generation.remembered import Passage, join, load
@@ -44,9 +45,13 @@ class Reader:
         """Of the tokenizer."""
         return fingerprint_tokenizer(self.tokenizer)
 
+    @cached_property
+    def _encode(self) -> Encoder:
+        return make_encoder(self.tokenizer)
+
     def ids(self, text: str) -> torch.Tensor:
         """Token ids (1, N) of a text, as training makes them."""
-        ids = torch.from_numpy(tokenize(self.tokenizer, text).ids)[None]
+        ids = torch.from_numpy(self._encode(text).astype("int64"))[None]
         return ids.to(next(self.model.parameters()).device)
 
     def read(self, session: Session, path: str) -> Passage:

@@ -102,10 +102,10 @@ def flex_local_attention(
 
 
 def _kernel(kind: tuple[Hashable, ...], shape: tuple[int, ...]) -> Any:
-    """The compiled kernel of a kind; for its first shape, that of training, for this shape alone.
+    """The compiled kernel of a kind: one for its first shape alone, another for all others.
 
-    What compilers keep of earlier shapes would make it a slower kernel for any shape. Each kind
-    counts its own compilations, for torch gives up after a few.
+    Training has one shape, and a kernel for any shape is slower. Each kind counts its own
+    compilations, for torch gives up after a few.
     """
     known = _FIRST_SHAPES.setdefault(kind, shape)
     return _compiled(kind, shape == known)

@@ -77,6 +77,13 @@ class MadeElsewhere:
                 self._check(tokens)
             yield Document(document.name, self._decode(tokens), tokens)
         self._judge()
+        if self._unsaid > self._checked:
+            log.warning(
+                "data.tokenizer = %r changes texts, so nobody can tell whether it made the tokens "
+                "of the source (%s)",
+                self.name,
+                self.made_by,
+            )
 
     def _without_ends(self, tokens: NDArray[Any]) -> NDArray[Any]:
         inner = np.flatnonzero(~np.isin(tokens, self._at_ends))
@@ -104,13 +111,6 @@ class MadeElsewhere:
         if self._checked - self._alike > STRAY * self._checked + FEW:
             raise self._other(
                 f"gives {self._alike / self._checked:.0%} of the tokens that were checked"
-            )
-        if self._unsaid > self._checked:
-            log.warning(
-                "data.tokenizer = %r changes texts, so nobody can tell whether it made the tokens "
-                "of the source (%s)",
-                self.name,
-                self.made_by,
             )
 
     def _other(self, what: str) -> ConfigError:

@@ -73,9 +73,11 @@ def _triton(q: Tensor, memory: Readable, count: int, buckets: int, room: int) ->
 
     try:
         return triton_buckets(q, memory, count, buckets, room)
-    except torch.OutOfMemoryError:
-        raise
-    except (TritonError, RuntimeError) as error:  # the latter where there is no compiler of C
+    except TritonError as error:
+        raise KernelFailed(str(error)) from error
+    except RuntimeError as error:
+        if "C compiler" not in str(error):  # which Triton needs to start a kernel
+            raise
         raise KernelFailed(str(error)) from error
 
 
