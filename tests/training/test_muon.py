@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from memorizing_transformers.model import ModelConfig, Transformer
-from memorizing_transformers.training.muon import is_layer_matrix
+from memorizing_transformers.training import muon as muon_module
+from memorizing_transformers.training.muon import is_layer_matrix, orthogonalised
 from memorizing_transformers.training.optimizers import (
     OptimizerConfig,
     make_optimizer,
@@ -64,7 +65,12 @@ def test_kernels_by_their_names(name: str, inside: bool) -> None:
     assert is_layer_matrix(name, nn.Parameter(torch.zeros(2, 2))) is inside
 
 
-def test_steps_are_those_of_the_two_optimisers_of_torch() -> None:
+@pytest.mark.parametrize("fast_bfloat16", [True, False])
+def test_steps_are_those_of_the_two_optimisers_of_torch(
+    fast_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon_module, "has_fast_bfloat16", lambda: fast_bfloat16)
+    start = {name: p.detach().clone() for name, p in small().named_parameters()}
     ours, other = small(), small()
     settings = {"lr": 0.02, "weight_decay": 0.1}
     optimizer = make_optimizer(ours, OptimizerConfig("muon", **settings))
@@ -81,10 +87,32 @@ def test_steps_are_those_of_the_two_optimisers_of_torch() -> None:
         for one in (optimizer, muon, adamw):
             one.step()
     for (name, mine), theirs in zip(ours.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
+        if fast_bfloat16 or name not in MATRICES:
+            assert torch.equal(mine, theirs), name
+        else:
+            # torch rounds its iteration to bf16.
+            moved, rounded = mine - start[name], theirs - start[name]
+            assert (moved - rounded).norm() < 0.02 * rounded.norm(), name
 
 
-def test_a_saved_state_goes_on() -> None:
+@pytest.mark.parametrize("shape", [(12, 12), (7, 30), (30, 7)])
+def test_singular_values_take_the_steps_and_vectors_stay(shape: tuple[int, int]) -> None:
+    matrix, (a, b, c) = torch.randn(shape, dtype=torch.float64), (3.4445, -4.775, 2.0315)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / matrix.norm()
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    found = orthogonalised(matrix, (a, b, c), 5, 1e-7)
+    assert torch.allclose(found, left @ torch.diag(values) @ right, atol=1e-9)
+
+
+def test_of_a_zero_gradient_comes_zero() -> None:
+    assert not orthogonalised(torch.zeros(3, 4), (3.4445, -4.775, 2.0315), 5, 1e-7).any()
+
+
+@pytest.mark.parametrize("fast_bfloat16", [True, False])
+def test_a_saved_state_goes_on(fast_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon_module, "has_fast_bfloat16", lambda: fast_bfloat16)
     whole, stopped = small(), small()
     config = OptimizerConfig("muon", lr=0.02)
     optimizer = make_optimizer(whole, config)
