@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ring import Memory
 from ..view import MemoryView, Readable
 from .bucketed import BucketedSearch
-from .kernels.cell_scan import CELL, Cells
+from .kernels.cell_scan import CELL, NO_SLOT, Cells
 from .kernels.cpu_scan import SCORE_BYTES
 from .protocol import Neighbours
 
@@ -108,7 +108,8 @@ class CellSearch:
                     part = slice(start, start + step)
                     own = queries[row, head, part].float()
                     slots[row, head, part] = cells.search(own, top_k, probes, scratch)
-        return Neighbours(slots, valid)
+        valid &= slots != NO_SLOT
+        return Neighbours(slots.clamp_(min=0), valid)
 
     def _heads_of(
         self, memory: Readable, row: int, end: int, document: int, top_k: int
