@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..ring import Memory
+from ..derived import Derived
 from ..view import MemoryView, Readable
 from .bucketed import BucketedSearch
 from .kernels.cell_scan import CELL, NO_SLOT, Cells
@@ -80,8 +79,7 @@ class CellSearch:
         self.recall_target = recall_target
         self.score_bytes = score_bytes or SCORE_BYTES
         self.otherwise = BucketedSearch(recall_target, score_bytes)
-        self._heads: WeakKeyDictionary[Memory, dict[tuple[int, int], _Head]]
-        self._heads = WeakKeyDictionary()
+        self._heads: Derived[dict[tuple[int, int], _Head]] = Derived()
 
     @torch.no_grad()
     def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
