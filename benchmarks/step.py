@@ -277,7 +277,7 @@ def main() -> None:
     times = rounds(rivals, given.repeats)
     product = statistics.median(times.pop(("matrix product", 0, "none", "fp32")))
     flops = 2 * shape.ROWS * shape.SEGMENT * 4 * shape.D_MODEL**2
-    cost = estimate(config(max(given.slots)), shape.ROWS, shape.SEGMENT)
+    cost = estimate(config(max(given.slots)), shape.ROWS, shape.SEGMENT, device="cpu")
     facts["matrix product, GFLOP/s"] = flops / product / 1e9
     facts["fp32 floor without memory, s"] = cost.model_flops * product / flops
     facts["rows"] = list(figures(times, recall))
