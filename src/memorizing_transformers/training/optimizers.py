@@ -68,6 +68,13 @@ class OptimizerConfig:
         """
         if not self.lr > 0:
             raise ConfigError(prefix + "lr", self.lr, "must be above 0")
+        for key in ("lr", "memory_lr_factor", "weight_decay"):
+            if not math.isfinite(getattr(self, key)):
+                raise ConfigError(prefix + key, getattr(self, key), "must be a finite number")
+        if self.memory_lr_factor < 0:
+            raise ConfigError(
+                prefix + "memory_lr_factor", self.memory_lr_factor, "must be at least 0"
+            )
         if self.total_steps is not None and self.total_steps < 1:
             raise ConfigError(prefix + "total_steps", self.total_steps, "must be at least 1")
         if self.warmup_steps < 0:
