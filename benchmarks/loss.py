@@ -93,6 +93,9 @@ def main() -> None:
         process = context.Process(target=measure, args=(way, given, results))
         process.start()
         process.join()
+        if process.exitcode:
+            # It left no result, and to wait for one would never end.
+            raise SystemExit(f"loss.py: the process of {way} ended with code {process.exitcode}")
         used, seconds = results.get()
         line = {"way": way, "peak_MiB": round(used / 2**20), "seconds": round(seconds, 2)}
         print(json.dumps({**line, "tokens": given.tokens, "vocab": given.vocab}))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from measure import circumstances, interleaved, save, summary, table
 from torch import Tensor
 
-from memorizing_transformers.memory import Memory, Search, make_search
+from memorizing_transformers.memory import SEARCHES, Memory, Search, make_search
 from memorizing_transformers.memory.search.recall import measured_recall
 
 matplotlib.use("Agg")
@@ -115,7 +115,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[2048, 8192, 65536])
     parser.add_argument("--top_k", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--searches", nargs="+", default=["exact", "bucketed", "faiss-ivf"])
+    searches = ["exact", "bucketed", "faiss-ivf"]
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=searches)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
         "--busy", action="store_true", help="one thread, processor time: for a machine in use"

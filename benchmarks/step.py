@@ -35,6 +35,7 @@ import torch
 from measure import circumstances, rounds, save, summary, table
 from step_ours import Ours, config
 
+from memorizing_transformers.memory import SEARCHES
 from memorizing_transformers.training.estimate import estimate
 
 matplotlib.use("Agg")
@@ -42,6 +43,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 PRECISIONS = ("fp32", "bf16-mixed")
+STEPS = 64
+"""Segments that are kept for the steps of each rival."""
 
 
 def write_tokens(path: Path, length: int) -> None:
@@ -210,8 +213,8 @@ def main() -> None:
         help="bf16-mixed is many times slower on a CPU without instructions for it",
     )
     searches = ["exact", "bucketed", "auto", "faiss-ivf"]
-    parser.add_argument("--searches", nargs="+", default=searches)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=searches)
+    parser.add_argument("--repeats", type=int, default=7, help=f"at most {STEPS}")
     parser.add_argument("--train_steps", type=int, default=200, help="before the memory is filled")
     parser.add_argument("--prepare", action="store_true", help="train and fill, measure nothing")
     parser.add_argument("--no_peer", action="store_true", help="prepare and measure ours only")
@@ -220,6 +223,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     given = parser.parse_args()
+    for slots in given.slots:
+        # Memories are filled by whole segments; a part of one would be read twice.
+        if slots < 1 or slots % shape.SEGMENT:
+            parser.error(f"--slots {slots}: must be a multiple of {shape.SEGMENT}")
+    if not 1 <= given.repeats <= STEPS:
+        parser.error(f"--repeats {given.repeats}: must lie between 1 and {STEPS}")
     clock = time.process_time if given.busy else time.perf_counter
     if given.busy:
         torch.set_num_threads(1)
@@ -235,7 +244,7 @@ def main() -> None:
         "shape": code,
         "train_steps": given.train_steps,
         "slots": sorted(given.slots),
-        "steps": 64,
+        "steps": STEPS,
     }
     prepared = prepare(folder, partial(Ours, folder, clock), peer_of, settings)
     if given.prepare:
@@ -277,7 +286,7 @@ def main() -> None:
     times = rounds(rivals, given.repeats)
     product = statistics.median(times.pop(("matrix product", 0, "none", "fp32")))
     flops = 2 * shape.ROWS * shape.SEGMENT * 4 * shape.D_MODEL**2
-    cost = estimate(config(max(given.slots)), shape.ROWS, shape.SEGMENT)
+    cost = estimate(config(max(given.slots)), shape.ROWS, shape.SEGMENT, device="cpu")
     facts["matrix product, GFLOP/s"] = flops / product / 1e9
     facts["fp32 floor without memory, s"] = cost.model_flops * product / flops
     facts["rows"] = list(figures(times, recall))

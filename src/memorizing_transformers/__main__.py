@@ -41,7 +41,8 @@ def prepare(config: list[str]) -> None:
 def estimate(config: list[str]) -> None:
     """Print the cost of a run: bytes on device and host, FLOPs per step, bytes of a checkpoint.
 
-    The numbers are computed for a step with a full memory, over all ranks; nothing is run.
+    The numbers are computed for a step with a full memory, over all ranks; nothing is run. The
+    device is that of trainer.accelerator; auto is a GPU if this machine has one.
 
     Example: python -m memorizing_transformers estimate --config configs/quickstart.yaml
 
@@ -49,6 +50,7 @@ def estimate(config: list[str]) -> None:
         config: training configs; a key of a later one overrides.
     """
     from .training.cli import read_config
+    from .training.estimate import device_type
     from .training.estimate import estimate as cost
 
     cli = read_config(config)
@@ -63,6 +65,7 @@ def estimate(config: list[str]) -> None:
         data.segment_length,
         vocab_size,
         module.optimizer_config.name,
+        device=device_type(cli.accelerator),
     ).lines()
     print("\n".join(lines))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
+from memorizing_transformers.training.optimizers import OptimizerConfig
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"vocab_size": 0}, "model.vocab_size", "at least 1"),
@@ -51,6 +54,26 @@ BAD_MEMORY: list[tuple[dict[str, Any], str, str]] = [
 BAD += [
     ({"memory": settings}, f"model.memory.{key}", remedy) for settings, key, remedy in BAD_MEMORY
 ]
+
+
+FLOATS = [
+    (kind, field.name)
+    for kind in (ModelConfig, MemoryConfig, OptimizerConfig)
+    for field in fields(kind)
+    if isinstance(field.default, float)
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("kind", "name"), FLOATS, ids=str)
+def test_no_number_is_without_bounds(kind: Any, name: str, value: float) -> None:
+    def check() -> None:
+        made = kind(**{name: value})
+        if kind is not ModelConfig:  # which checks itself
+            made.validate()
+
+    with pytest.raises(ConfigError, match=f"{name} = {value!r}: must"):
+        check()
 
 
 @pytest.mark.parametrize(("settings", "key", "remedy"), BAD, ids=[str(case[0]) for case in BAD])

@@ -147,3 +147,13 @@ def test_the_first_bad_loss_is_kept() -> None:
         watch = LossWatch()
         watch.note(Away(torch.tensor(1.0)), 0)
         assert watch.bad() is None
+
+
+def test_weights_in_fp16_are_told_the_precision(texts: Path) -> None:
+    trainer: Any = make_trainer(precision="16-true")
+    with pytest.raises(
+        UserError, match=r"train/loss = nan at step \d+: trainer\.precision"
+    ) as stop:
+        trainer.fit(make_module(), datamodule=make_data(texts))
+    assert "16-mixed" in str(stop.value)
+    assert "model.optimizer.lr" not in str(stop.value)

@@ -13,6 +13,9 @@ from small import make_data, make_module
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from memorizing_transformers import __main__ as commands
+from memorizing_transformers.memory.search import auto
+from memorizing_transformers.memory.search.auto import choose_search
 from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.model import forecast as forecasting
 from memorizing_transformers.training.estimate import estimate
@@ -224,6 +227,38 @@ def test_a_memory_on_the_host_is_counted_there(search: str) -> None:
     assert there.host_bytes - there.index_bytes >= there.memory_bytes
     names = [line.split()[0] for line in there.lines()]
     assert names.index("memory") > names.index("host")
+
+
+@pytest.mark.parametrize("place", ["model", "cpu"])
+@pytest.mark.parametrize("size", [64, 65536])
+def test_auto_is_the_search_of_the_device_that_holds_the_memory(size: int, place: str) -> None:
+    settings = {"size": size, "search": "auto", "device": place}
+    config = ModelConfig(vocab_size=50, memory=settings)  # type: ignore[arg-type]
+    for device in ("cpu", "cuda"):
+        holder = "cpu" if place == "cpu" else device
+        named = choose_search(holder, size, 2, config.kv_heads, 512).name
+        config.memory.search = named
+        told = estimate(config, 2, 512, device=device)
+        config.memory.search = "auto"
+        assert estimate(config, 2, 512, device=device) == told
+        assert told.memory_on_host == (holder != device)
+
+
+def test_the_command_asks_for_the_device_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(auto, "has_fast_int8", lambda: False)
+    printed = {}
+    for name in ("cpu", "auto", "gpu"):
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(
+            f"trainer.accelerator: {name}\nmodel: {{memory: {{size: 65536, search: auto}}}}\n"
+            "data: {tokenizer: bytes, segment_length: 1024}\n"
+        )
+        commands.estimate([str(config)])
+        printed[name] = capsys.readouterr().out
+    assert printed["cpu"] != printed["gpu"]
+    assert printed["auto"] == printed["gpu" if torch.cuda.is_available() else "cpu"]
 
 
 def counted_flops(shape: dict[str, Any], rows: int, segment: int, **memory: Any) -> float:

@@ -213,6 +213,20 @@ def test_curves_of_training_are_of_single_steps_over_counted_tokens(texts: Path)
         assert logger.values["train/perplexity"][step] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulated", [2, 3])
+def test_curves_of_accumulated_batches_are_of_all_of_them(texts: Path, accumulated: int) -> None:
+    module, logger = make_module(Nll), Scalars()
+    trainer = make_trainer(
+        max_steps=8, logger=logger, log_every_n_steps=4, accumulate_grad_batches=accumulated
+    )
+    trainer.fit(module, datamodule=make_data(texts))
+    assert [*logger.values["train/loss"]] == [3, 7]
+    for step, loss in logger.values["train/loss"].items():
+        kept = module.kept[step * accumulated : (step + 1) * accumulated]
+        counted = torch.cat([nll[mask] for nll, mask in kept])
+        assert loss == pytest.approx(counted.mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("size", [0, 32])
 def test_memory_parameters_train_only_beside_a_memory(texts: Path, size: int) -> None:
     module = make_module(combine="content", position_bias="learned-absolute", size=size)

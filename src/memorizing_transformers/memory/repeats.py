@@ -12,11 +12,11 @@ Shapes: B' reading rows, B rows of the memory, N segment, M slots, O orders, C =
 from __future__ import annotations
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from .derived import Derived
 from .lent import LentMemory
 from .ring import Memory
 from .view import Readable
@@ -140,7 +140,7 @@ class RepeatSearch:
     def __init__(self, per_order: int = 8, longest: int = 16) -> None:
         self.per_order = per_order
         self.longest = longest
-        self._chains: WeakKeyDictionary[Memory, _Chains] = WeakKeyDictionary()
+        self._chains: Derived[_Chains] = Derived()
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, memory: Readable) -> Repeats:

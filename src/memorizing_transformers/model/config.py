@@ -39,6 +39,11 @@ def _choose(key: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(key, value, f"must be one of {', '.join(choices)}")
 
 
+def _finite(key: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(key, value, "must be a finite number")
+
+
 def _at_least(key: str, value: float, least: float) -> None:
     if value < least:
         raise ConfigError(key, value, f"must be at least {least}")
@@ -253,6 +258,8 @@ class ModelConfig:
             raise ConfigError("model.num_kv_heads", self.num_kv_heads, remedy)
         if not 0 <= self.dropout < 1:
             raise ConfigError("model.dropout", self.dropout, "must lie in [0, 1)")
+        for key in ("qk_scale_init", "relative_init"):
+            _finite(f"model.{key}", getattr(self, key))
         self.memory.validate()
         self._check_layers()
 

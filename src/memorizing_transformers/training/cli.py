@@ -195,7 +195,20 @@ class MemoryCLI(LightningCLI):
             final_report(self.trainer, self.model, self.datamodule)
 
 
-def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> MemoryCLI:
+class ConfigReader(MemoryCLI):
+    """Builds what a config describes on this machine's CPU, whatever the run will use."""
+
+    accelerator: Any
+    """What the config asks for."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Note the accelerator, which this machine may lack, and take the CPU."""
+        super().parse_arguments(parser, args)
+        self.accelerator = self.config["trainer"]["accelerator"]
+        self.config["trainer"]["accelerator"] = "cpu"
+
+
+def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> ConfigReader:
     """Read a training config and build its model, without the network, and its data; run nothing.
 
     Another machine may be needed to run it.
@@ -204,11 +217,11 @@ def read_config(paths: str | Sequence[str], arguments: Sequence[str] = ()) -> Me
         paths: one config, or several; a key of a later one overrides.
         arguments: further arguments of the command line, ``--key=value``.
     """
-    here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto"}
+    here = {"devices": "1", "num_nodes": "1", "strategy": "auto"}
     args = [f"--trainer.{key}={value}" for key, value in {**here, "precision": "32"}.items()]
     drop_unwanted_messages()
     configs = [f"--config={path}" for path in ([paths] if isinstance(paths, str) else paths)]
-    return MemoryCLI(run=False, args=[*configs, *arguments, *args])
+    return ConfigReader(run=False, args=[*configs, *arguments, *args])
 
 
 def _run_command() -> None:

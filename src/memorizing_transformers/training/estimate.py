@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..memory import SEARCHES, STORAGE_DTYPES, make_search
@@ -151,6 +152,17 @@ def local_pairs(segment: int, cached: int) -> int:
     return sum((cached + end) * min(BLOCK, end - index * BLOCK) for index, end in enumerate(ends))
 
 
+def device_type(accelerator: object) -> str:
+    """The type of the device that a run trains on, cpu or cuda.
+
+    Args:
+        accelerator: as in ``trainer.accelerator``; auto is a GPU if this machine has one.
+    """
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if accelerator == "cpu" else "cuda"
+
+
 def estimate(
     config: ModelConfig,
     rows: int,
@@ -158,6 +170,7 @@ def estimate(
     vocab_size: int | None = None,
     optimizer: str = "adamw",
     activation_bytes: int = 4,
+    device: str = "cuda",
 ) -> Estimate:
     """Cost of training a model with a full memory.
 
@@ -168,6 +181,7 @@ def estimate(
         vocab_size: V; None for the config's own.
         optimizer: as in ``OptimizerConfig.name``.
         activation_bytes: bytes of an activation: 4, or 2 under bf16-mixed.
+        device: type of the device that trains, cpu or cuda.
 
     Raises:
         ValueError: where neither the config nor the caller knows V.
@@ -225,18 +239,18 @@ def estimate(
     if GATES[memory.combine].needs_local_mass:
         masked -= memory_layers
 
-    on_host = memory.device == "cpu"
+    holder = "cpu" if memory.device == "cpu" else device
     name = memory.search
     if name == "auto":
-        device, asked = "cpu" if on_host else "cuda", segment * config.num_heads // groups
-        name = choose_search(device, memory.size, rows, groups, asked).name
+        asked = segment * config.num_heads // groups
+        name = choose_search(holder, memory.size, rows, groups, asked).name
     index_bytes = 0
     indexed = SEARCHES[name].index_bytes
     if indexed is not None:
         index_bytes = rows * groups * memory.size * indexed(width) * memory_layers
     weight_bytes = 4 * parameters
     optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES.get(optimizer, 2.0))
-    room = memory.search_bytes or (HOST_SCORE_BYTES if on_host else SCORE_BYTES)
+    room = memory.search_bytes or (HOST_SCORE_BYTES if holder == "cpu" else SCORE_BYTES)
     scratch = min(room, 4 * tokens * heads * memory.size) if memory_layers else 0
     return Estimate(
         parameters=parameters,
@@ -255,5 +269,5 @@ def estimate(
         attention_flops=2.0 * retrieved,
         refresh_flops=refreshed,
         checkpoint_bytes=weight_bytes + optimizer_bytes + memory_bytes + cache_bytes,
-        memory_on_host=on_host,
+        memory_on_host=holder != device,
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from ..data.batch import Batch
+from ..errors import UserError
 from .optimizers import OptimizerConfig
 
 
@@ -95,12 +96,16 @@ class HostSide(LightningModule):
         """
         found = self._losses.bad()
         if found is not None:
-            raise self.optimizer_config.diverged(*found)
+            raise self._diverged(*found)
         names = [name for name, _ in self.named_parameters()] if state else []
         weights = [state[name] for name in names if name in state] if state else []
         # The last step may have spoilt what the next one would find out.
         if weights and not math.isfinite(nn.utils.get_total_norm(weights)):
-            raise self.optimizer_config.diverged(None, self.global_step)
+            raise self._diverged(None, self.global_step)
+
+    def _diverged(self, loss: float | None, step: int) -> UserError:
+        in_half = any(weight.dtype == torch.float16 for weight in self.parameters())
+        return self.optimizer_config.diverged(loss, step, in_half)
 
     def on_train_start(self) -> None:
         """Forget an earlier run."""

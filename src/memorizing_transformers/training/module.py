@@ -180,10 +180,9 @@ class MemorizingLM(HostSide):
         self._take_weights()
         if self._resume is None:
             return
-        trainer = self.trainer
         origin, self._resume = self._resume, None
         bank, self._accumulating = restore_rank(
-            origin, trainer.global_rank, trainer.world_size, self.net, self.device
+            origin, self.global_rank, self.trainer.world_size, self.net, self.device
         )
         if bank is not None:
             self.banks["train"] = bank
@@ -256,10 +255,11 @@ class MemorizingLM(HostSide):
         return loss
 
     def log_training(self, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
-        """Log one step's metrics over all ranks, every ``trainer.log_every_n_steps`` steps."""
+        """Log metrics of an optimiser step's batches so far, of all ranks, where it logs."""
         if not self.logs_now():
             return
-        self.train_metrics.reset()
+        if not self._accumulating:
+            self.train_metrics.reset()
         self.measure(self.train_metrics, batch, output, nll)
         self.log_figures(self.train_metrics, ("train/loss", "train/perplexity"))
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -68,6 +68,13 @@ class OptimizerConfig:
         """
         if not self.lr > 0:
             raise ConfigError(prefix + "lr", self.lr, "must be above 0")
+        for key in ("lr", "memory_lr_factor", "weight_decay"):
+            if not math.isfinite(getattr(self, key)):
+                raise ConfigError(prefix + key, getattr(self, key), "must be a finite number")
+        if self.memory_lr_factor < 0:
+            raise ConfigError(
+                prefix + "memory_lr_factor", self.memory_lr_factor, "must be at least 0"
+            )
         if self.total_steps is not None and self.total_steps < 1:
             raise ConfigError(prefix + "total_steps", self.total_steps, "must be at least 1")
         if self.warmup_steps < 0:
@@ -112,9 +119,22 @@ class OptimizerConfig:
             raise ConfigError("model.optimizer.name", self.name, remedy)
         return found
 
-    def diverged(self, loss: float | None, step: int) -> UserError:
-        """The error of a loss that is not finite; None where weights are not."""
+    def diverged(self, loss: float | None, step: int, in_half: bool = False) -> UserError:
+        """The error of a loss that is not finite; None where weights are not.
+
+        Args:
+            loss: of the step, or None.
+            step: its number.
+            in_half: whether weights are in fp16, where AdamW's eps of 1e-8 is 0, and a lower rate
+                does not help.
+        """
         what = "weights are not finite" if loss is None else f"train/loss = {loss}"
+        if in_half:
+            return UserError(
+                f"{what} at step {step}: trainer.precision = '16-true' holds weights and the "
+                "optimiser's numbers in fp16, where small ones are 0; try bf16-mixed or 16-mixed; "
+                "the last checkpoint is not affected"
+            )
         return UserError(
             f"{what} at step {step}: try a lower model.optimizer.lr (now {self.lr}), "
             "a longer warm-up, or trainer.gradient_clip_val=1; the last checkpoint is not affected"

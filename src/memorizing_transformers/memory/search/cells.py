@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..ring import Memory
+from ..derived import Derived
 from ..view import MemoryView, Readable
 from .bucketed import BucketedSearch
-from .kernels.cell_scan import CELL, Cells
+from .kernels.cell_scan import CELL, NO_SLOT, Cells
 from .kernels.cpu_scan import SCORE_BYTES
 from .protocol import Neighbours
 
@@ -80,8 +79,7 @@ class CellSearch:
         self.recall_target = recall_target
         self.score_bytes = score_bytes or SCORE_BYTES
         self.otherwise = BucketedSearch(recall_target, score_bytes)
-        self._heads: WeakKeyDictionary[Memory, dict[tuple[int, int], _Head]]
-        self._heads = WeakKeyDictionary()
+        self._heads: Derived[dict[tuple[int, int], _Head]] = Derived()
 
     @torch.no_grad()
     def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:
@@ -108,7 +106,8 @@ class CellSearch:
                     part = slice(start, start + step)
                     own = queries[row, head, part].float()
                     slots[row, head, part] = cells.search(own, top_k, probes, scratch)
-        return Neighbours(slots, valid)
+        valid &= slots != NO_SLOT
+        return Neighbours(slots.clamp_(min=0), valid)
 
     def _heads_of(
         self, memory: Readable, row: int, end: int, document: int, top_k: int

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import faiss as _faiss
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ring import Memory
+from ..derived import Derived
 from ..view import Readable
 from .protocol import Neighbours
 
@@ -94,7 +93,7 @@ class FaissSearch:
     def __init__(self, kind: Kind = "ivf", recall_target: float = 0.95) -> None:
         self.kind = kind
         self.recall_target = recall_target
-        self._queues: WeakKeyDictionary[Memory, list[list[Queue]]] = WeakKeyDictionary()
+        self._queues: Derived[list[list[Queue]]] = Derived()
 
     @torch.no_grad()
     def __call__(self, queries: Tensor, memory: Readable, top_k: int) -> Neighbours:

@@ -42,11 +42,13 @@ class Cells:
         keys: (P', L, D) fp32; the first P count.
         halves: (D + 1, 2 P) mean of each half of a cell, and its keys' standard deviation in one
             direction.
+        short: (S,) int64 the cells that have fewer keys.
     """
 
     slots: Tensor
     keys: Tensor
     halves: Tensor
+    short: Tensor
 
     @classmethod
     def of(cls, keys: Tensor, slots: Tensor, spare: int = 0) -> Cells:
@@ -60,32 +62,42 @@ class Cells:
         count, width = keys.shape
         missing = -count % CELL
         if missing:
-            # The mean is never among the best.
+            # Less than a cell of them: so every cell has a key.
             keys = torch.cat([keys, keys.mean(0).expand(missing, -1)])
             slots = torch.cat([slots, slots.new_full((missing,), NO_SLOT)])
         order = leaves(keys, CELL)
         room = torch.empty(len(keys) + -(-spare // CELL) * CELL, width)
         chosen = torch.index_select(keys, 0, order.flatten(), out=room[: len(keys)])
-        spread, mean = torch.var_mean(chosen.view(-1, CELL // HALVES, width), 1, correction=0)
-        deviation = spread.mean(1, keepdim=True).sqrt()
-        halves = torch.cat([mean, deviation], 1).T.contiguous()
-        return cls(slots[order], room.view(-1, CELL, width), halves)
+        cells, placed = room.view(-1, CELL, width), slots[order]
+        short = (placed == NO_SLOT).any(1).nonzero().flatten()
+        halves = _halves(chosen.view(-1, CELL // HALVES, width))
+        for cell in short.tolist():
+            there = (placed[cell] != NO_SLOT).view(HALVES, -1)
+            parts = cells[cell].view(*there.shape, width)
+            for half, own in enumerate(there):
+                # A half without a key looks like the other one.
+                counted = parts[half, own] if own.any() else parts[there]
+                halves[:, cell * HALVES + half] = _halves(counted[None])[:, 0]
+        return cls(placed, cells, halves, short)
 
     def with_more(self, more: Cells) -> Cells:
         """These cells and others, which replace those of an earlier call."""
         count = len(self.slots)
         self.keys[count : count + len(more.slots)] = more.keys[: len(more.slots)]
         halves = torch.cat([self.halves, more.halves], 1)
-        return Cells(torch.cat([self.slots, more.slots]), self.keys, halves)
+        short = torch.cat([self.short, more.short + count])
+        return Cells(torch.cat([self.slots, more.slots]), self.keys, halves, short)
 
     def search(
         self, queries: Tensor, top_k: int, probes: int, scratch: Tensor | None = None
     ) -> Tensor:
         """Slots (n, top_k) of the best keys of the chosen cells, best first.
 
+        Where the chosen cells have fewer keys, ``NO_SLOT`` follows.
+
         Args:
             queries: (n, D) fp32.
-            top_k: at most the keys that ``probes`` cells hold.
+            top_k: at most the places that ``probes`` cells have.
             probes: cells a query, at most P.
             scratch: numbers to write scores over, where there is room for all; memory that is new
                 costs a part of the time.
@@ -111,7 +123,9 @@ class Cells:
         for part in asked.split(max(1, score_bytes // (4 * len(flat)))):
             scores = (part @ flat.T).masked_fill_(slots == NO_SLOT, -torch.inf)
             worst = scores.topk(top_k, 1).values[:, -1:] - 1e-5 * part.norm(dim=1, keepdim=True)
-            own = scores.gather(1, places[self.search(part, top_k, probes)])
+            chosen = self.search(part, top_k, probes)
+            own = scores.gather(1, places[chosen.clamp(min=0)])
+            own.masked_fill_(chosen == NO_SLOT, -torch.inf)
             found += int((own >= worst).sum())
         return found / (len(asked) * top_k)
 
@@ -134,6 +148,11 @@ class Cells:
             asked = queries.index_select(0, places[part].flatten()).view(*places[part].shape, width)
             keys = self.keys.index_select(0, pairs.cells[part])
             torch.bmm(asked, keys.mT, out=scores[part])
+        # Here, before any maximum: a bucket must not be chosen for a place without a key.
+        tiles = torch.isin(pairs.cells, self.short).nonzero().flatten()
+        if len(tiles):
+            empty = self.slots[pairs.cells[tiles], None] == NO_SLOT
+            scores[tiles] = scores[tiles].masked_fill_(empty, -torch.inf)
         return scores.view(-1, CELL)
 
     def _best_slots(self, scores: Tensor, pairs: _Pairs, top_k: int) -> Tensor:
@@ -148,8 +167,13 @@ class Cells:
         cell = pairs.chosen.gather(1, chosen)[..., None]
         slots = self.slots.view(-1)[(cell * CELL + member).flatten(1)]
         found = scores.view(-1)[(row * CELL + member).flatten(1)]
-        found.masked_fill_(slots == NO_SLOT, -torch.inf)
         return slots.gather(1, largest(found, top_k)[1])
+
+
+def _halves(keys: Tensor) -> Tensor:
+    """Mean and standard deviation (D + 1, n) of halves' keys (n, l, D)."""
+    spread, mean = torch.var_mean(keys, 1, correction=0)
+    return torch.cat([mean, spread.mean(1, keepdim=True).sqrt()], 1).T.contiguous()
 
 
 @dataclass
