@@ -77,6 +77,28 @@ def test_gates_are_left_out_where_there_is_no_memory(saved: Any) -> None:
     assert any("gate" in name for name in given.keys() - own.keys())
 
 
+WITH_COPIES = {"copy": ["neighbours", "repeats"], "combine": "evidence", "match_length": 2}
+
+
+@pytest.mark.parametrize("fresh_memory", [True, False], ids=["train", "evaluate"])
+@pytest.mark.parametrize("change", [{"copy": []}, {"copy": ["repeats"]}, {"layers": []}], ids=str)
+def test_a_copy_head_is_left_out_where_there_is_none(
+    saved: Any, change: dict[str, Any], fresh_memory: bool
+) -> None:
+    target, source = net(2, **{**WITH_COPIES, **change}), net(1, **WITH_COPIES)
+    given = source.state_dict()
+    load_weights(target, saved(source), fresh_memory=fresh_memory)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in target.state_dict().items())
+    assert any(name.startswith("copy_head.") for name in given.keys() - target.state_dict().keys())
+
+
+def test_what_a_copy_head_lacks_is_named_or_keeps_its_start(saved: Any) -> None:
+    target, source = net(2, **WITH_COPIES), net(1, **{**WITH_COPIES, "copy": ["repeats"]})
+    with pytest.raises(UserError, match=r"lacks copy_head\.sources\.neighbours"):
+        load_weights(target, saved(source), fresh_memory=False)
+    load_weights(target, saved(source), fresh_memory=True)
+
+
 def test_weights_of_another_shape_are_refused(saved: Any) -> None:
     other = Transformer(ModelConfig(vocab_size=16, d_model=8, num_layers=2, num_heads=2, d_ff=8))
     with pytest.raises(UserError, match="feed_forward"):

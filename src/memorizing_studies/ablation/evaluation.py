@@ -20,6 +20,7 @@ from memorizing_transformers.model.renamed import with_current_names
 from memorizing_transformers.training.callbacks.timing import TimedSearch, wait_for
 from memorizing_transformers.training.checkpoint.export import TOKENIZER_KEY, is_packed
 from memorizing_transformers.training.checkpoint.folder import open_checkpoint
+from memorizing_transformers.training.optimizers import is_of_memory
 
 RECALL_EVERY = 16
 """Recall is measured at one of 16 searches of a layer."""
@@ -32,12 +33,13 @@ def load_weights(
 ) -> None:
     """Put a checkpoint's weights into a network, which may differ in its memory layers.
 
-    Gates and biases of retrieved pairs that the network lacks are left out.
+    Gates, biases of retrieved pairs and parts of a copy head that the network lacks are left out.
 
     Args:
         net: the network.
         folder: the checkpoint.
-        fresh_memory: whether gates and biases that the checkpoint lacks may keep their start.
+        fresh_memory: whether the memory's parameters that the checkpoint lacks may keep their
+            start.
         tokenizer: that of the data; None not to compare it with the checkpoint's.
 
     Raises:
@@ -53,7 +55,7 @@ def load_weights(
     own = net.state_dict()
     kept = {id(parameter) for parameter in net.memory_parameters()} if fresh_memory else set()
     excused = {name for name, parameter in net.named_parameters() if id(parameter) in kept}
-    surplus = [n for n in saved if n not in own and ".reader." not in n]
+    surplus = [n for n in saved if n not in own and not is_of_memory(n)]
     lacking = [name for name in own if name not in saved and name not in excused]
     misfit = [n for n in own if n in saved and saved[n].shape != own[n].shape]
     for what, names in (

@@ -127,11 +127,15 @@ class OptimizerConfig:
         return make(groups, lr=self.lr, **{**betas, **self.options})
 
 
+def is_of_memory(name: str) -> bool:
+    """Whether a parameter belongs to a reader of the memory or to the copy head."""
+    return bool({"reader", "memory_reader", "copy_head"} & {*name.split(".")})
+
+
 def is_memory_number(name: str) -> bool:
     """Whether a parameter is one of the memory's own numbers, and no kernel that reads tokens."""
     *path, last = name.split(".")
-    own = bool({"reader", "memory_reader", "copy_head"} & {*path})
-    return own and last != "hidden" and "linear" not in path
+    return is_of_memory(name) and last != "hidden" and "linear" not in path
 
 
 def parameter_groups(
