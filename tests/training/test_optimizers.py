@@ -126,6 +126,14 @@ def test_weight_decay_shrinks_matrices_alone(name: Any) -> None:
         ({"lr": 0.0}, "lr = 0.0: must be above 0"),
         ({"lr": -1.0}, "lr = -1.0: must be above 0"),
         ({"lr": math.nan}, "lr = nan: must be above 0"),
+        *(
+            (
+                {"memory_lr_factor": x},
+                f"memory_lr_factor = {x}: must be finite and at least 0; 1 is "
+                "the rate of all others",
+            )
+            for x in (-1.0, math.nan, math.inf)
+        ),
         ({"warmup_steps": -1}, "warmup_steps = -1: must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay = -0.1: must be at least 0"),
         ({"betas": (0.9, 1.0)}, "betas = (0.9, 1.0): each must lie in [0, 1)"),
@@ -137,6 +145,11 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
     with pytest.raises(ConfigError) as caught:
         OptimizerConfig(**settings).validate()
     assert str(caught.value) == f"model.optimizer.{message}"
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 30.0])
+def test_any_finite_rate_of_the_memory_is_accepted(factor: float) -> None:
+    OptimizerConfig(memory_lr_factor=factor).validate()
 
 
 @pytest.mark.parametrize(

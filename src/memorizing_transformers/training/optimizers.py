@@ -68,6 +68,9 @@ class OptimizerConfig:
         """
         if not self.lr > 0:
             raise ConfigError(prefix + "lr", self.lr, "must be above 0")
+        if not 0 <= self.memory_lr_factor < math.inf:
+            remedy = "must be finite and at least 0; 1 is the rate of all others"
+            raise ConfigError(prefix + "memory_lr_factor", self.memory_lr_factor, remedy)
         if self.total_steps is not None and self.total_steps < 1:
             raise ConfigError(prefix + "total_steps", self.total_steps, "must be at least 1")
         if self.warmup_steps < 0:
