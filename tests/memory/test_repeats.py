@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from memorizing_transformers.memory import Memory, MemoryView, Repeats, RepeatSearch
-from memorizing_transformers.memory.repeats import ORDERS
+from memorizing_transformers.memory.repeats import LEAD, ORDERS, TABLE_BITS, _hashes
 
 Found = list[tuple[int, int, int]]
 
@@ -76,6 +78,55 @@ def test_they_are_those_of_a_slow_search(size: int, segment: int, vocab: int, se
         for row, text in enumerate(texts):
             text += ids[row, mask[row]].tolist()
     assert compared > 50
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_suffixes_of_the_same_tokens_in_another_order_differ(order: int) -> None:
+    """But for collisions by chance."""
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, 5000, (2000, LEAD + 1), generator=generator)
+    place = ORDERS.index(order)
+    for one, other in itertools.combinations(range(LEAD + 1 - order, LEAD + 1), 2):
+        swapped = texts.clone()
+        swapped[:, [one, other]] = texts[:, [other, one]]
+        same = [_hashes(x)[place][:, -1] for x in (texts, swapped)]
+        equal = (same[0] == same[1]) & (texts[:, one] != texts[:, other])
+        assert equal.sum() <= 3, (one, other)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("vocab", [2, 3, 700])
+def test_a_hash_tells_its_suffix_as_a_random_one_would(order: int, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    count = 20000
+    ends = torch.randint(0, vocab, (count, order), generator=generator).unique(dim=0)
+    leads = torch.randint(0, vocab, (2, len(ends), LEAD + 1 - order), generator=generator)
+    one, other = (_hashes(torch.cat([lead, ends], 1))[ORDERS.index(order)][:, -1] for lead in leads)
+    assert torch.equal(one, other)  # of the suffix alone
+    slots = 2**TABLE_BITS
+    expected = slots * (1 - (1 - 1 / slots) ** len(ends))
+    assert len(one.unique()) >= 0.98 * expected
+
+
+@pytest.mark.parametrize("pattern", ["abcd", "abcdefgh"])
+def test_orders_of_the_same_tokens_hide_no_candidate(pattern: str) -> None:
+    """Though few are kept: each is one of the newest true repeats, and none of them is missing."""
+    generator = torch.Generator().manual_seed(0)
+    memory, text, per_order, longest = Memory(1, 1, 200, 2), [], 2, 12
+    search = RepeatSearch(per_order, longest)
+    length, compared = len(pattern), 0
+    for _ in range(40):
+        orders = [torch.randperm(length, generator=generator).tolist() for _ in range(2)]
+        ids = torch.tensor([[ord(pattern[i]) for order in orders for i in order]])
+        repeats = search(ids, memory)
+        for token in range(ids.shape[1]):
+            known = text + ids[0, : token + 1].tolist()
+            expected = slow_repeats(known, len(text) - int(memory.fill[0]), per_order, longest)
+            assert listed(repeats, 0, token) == expected
+            compared += len(expected)
+        write(memory, ids)
+        text += ids[0].tolist()
+    assert compared > 100
 
 
 def test_the_newest_are_kept() -> None:

@@ -50,6 +50,8 @@ BAD_MEMORY: list[tuple[dict[str, Any], str, str]] = [
     ({"dtype": "float16"}, "dtype", "float32, bfloat16, int8"),
     ({"device": "cuda"}, "device", "must be one of model, cpu"),
     ({"search_bytes": 0}, "search_bytes", "at least 1"),
+    ({"candidates": 0}, "candidates", "at least 1"),
+    ({"candidates": 2}, "candidates", "needs position_bias or match_length to choose by"),
 ]
 BAD += [
     ({"memory": settings}, f"model.memory.{key}", remedy) for settings, key, remedy in BAD_MEMORY
@@ -101,6 +103,8 @@ def test_a_model_without_a_vocabulary_is_refused() -> None:
         {"layers": [0, 3, -1, -4]},
         {"fixed_value": 0.0},
         {"fixed_value": 1.0},
+        {"candidates": 2, "position_bias": "log"},
+        {"candidates": 2, "match_length": 1},
     ],
     ids=str,
 )

@@ -9,12 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_studies.ablation.evaluation import MeasuredSearch, load_weights
+from memorizing_studies.ablation.evaluation import (
+    PART_OF_READER,
+    MeasuredSearch,
+    load_weights,
+)
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.memory import Memory, Neighbours
 from memorizing_transformers.memory.search.exact import ExactSearch
 from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
 from memorizing_transformers.training.checkpoint import folder
+from memorizing_transformers.training.checkpoint.resume import ARCHITECTURE_KEY
+from memorizing_transformers.training.checkpoint.weights import OF_MEMORY
 
 
 def half_search(queries: Tensor, memory: Memory, top_k: int) -> Neighbours:
@@ -51,7 +57,8 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def save(network: Transformer) -> Path:
         state = {f"net.{name}": tensor for name, tensor in network.state_dict().items()}
-        torch.save({"state_dict": state}, tmp_path / folder.TRAINER_FILE)
+        checkpoint = {"state_dict": state, ARCHITECTURE_KEY: network.architecture()}
+        torch.save(checkpoint, tmp_path / folder.TRAINER_FILE)
         return tmp_path
 
     return save
@@ -75,6 +82,93 @@ def test_gates_are_left_out_where_there_is_no_memory(saved: Any) -> None:
     load_weights(target, saved(source), fresh_memory=False)
     assert all(torch.equal(tensor, given[name]) for name, tensor in target.state_dict().items())
     assert any("gate" in name for name in given.keys() - own.keys())
+
+
+WITH_COPIES = {"copy": ["neighbours", "repeats"], "combine": "evidence", "match_length": 2}
+
+
+@pytest.mark.parametrize("fresh_memory", [True, False], ids=["train", "evaluate"])
+@pytest.mark.parametrize("change", [{"copy": []}, {"copy": ["repeats"]}, {"layers": []}], ids=str)
+def test_a_copy_head_is_left_out_where_there_is_none(
+    saved: Any, change: dict[str, Any], fresh_memory: bool
+) -> None:
+    target, source = net(2, **{**WITH_COPIES, **change}), net(1, **WITH_COPIES)
+    given = source.state_dict()
+    load_weights(target, saved(source), fresh_memory=fresh_memory)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in target.state_dict().items())
+    assert any(name.startswith("copy_head.") for name in given.keys() - target.state_dict().keys())
+
+
+def test_what_a_copy_head_lacks_is_named_or_keeps_its_start(saved: Any) -> None:
+    target, source = net(2, **WITH_COPIES), net(1, **{**WITH_COPIES, "copy": ["repeats"]})
+    with pytest.raises(UserError, match=r"lacks copy_head\.sources\.neighbours"):
+        load_weights(target, saved(source), fresh_memory=False)
+    load_weights(target, saved(source), fresh_memory=True)
+
+
+OTHER_MEANING: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"position_bias": "t5"}, {"position_bias": "learned-absolute"}, "position_bias"),
+    (
+        {"position_bias": "t5"},
+        {"position_bias": "t5", "bias_max_distance": 99},
+        "bias_max_distance",
+    ),
+    ({"position_bias": "t5"}, {"position_bias": "t5", "bias_buckets": 16}, "bias_buckets"),
+    ({"match_length": 3}, {"match_length": 4}, "match_length"),
+    ({"combine": "joint-bias"}, {"combine": "evidence"}, "combine"),
+    ({"combine": "evidence"}, {"combine": "joint-bias"}, "combine"),
+]
+
+
+@pytest.mark.parametrize(("then", "now", "key"), OTHER_MEANING, ids=str)
+def test_weights_of_another_meaning_start_anew_or_are_refused(
+    saved: Any, then: dict[str, Any], now: dict[str, Any], key: str
+) -> None:
+    source, target = net(1, temperature=True, **then), net(2, temperature=True, **now)
+    with torch.no_grad():
+        for parameter in source.memory_parameters():
+            parameter.fill_(3.0)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    line = rf"^from: model\.memory\.{key} = {now[key]!r} \(there: "
+    with pytest.raises(UserError, match=line):
+        load_weights(target, saved(source), fresh_memory=False)
+    assert all(torch.equal(before[name], x) for name, x in target.state_dict().items())
+    load_weights(target, saved(source), fresh_memory=True)
+    part = PART_OF_READER[key]
+    for name, tensor in target.state_dict().items():
+        anew = f".reader.{part}." in name
+        expected = (
+            before[name] if anew or name not in source.state_dict() else source.state_dict()[name]
+        )
+        assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"position_bias": "log"}, {"position_bias": "log", "bias_max_distance": 99}),
+        ({"position_bias": "log"}, {"position_bias": "log", "bias_buckets": 16}),
+        ({"bias_max_distance": 99}, {}),
+        ({"position_bias": "t5"}, {}),
+        ({"combine": "gate"}, {"combine": "fixed"}),
+        ({"match_length": 3}, {}),
+        ({"temperature": True}, {}),
+    ],
+    ids=str,
+)
+def test_settings_that_change_no_meaning_are_evaluated(
+    saved: Any, then: dict[str, Any], now: dict[str, Any]
+) -> None:
+    source, target = net(1, **then), net(2, **now)
+    load_weights(target, saved(source), fresh_memory=False)
+    given = source.state_dict()
+    assert all(torch.equal(tensor, given[name]) for name, tensor in target.state_dict().items())
+
+
+def test_every_setting_of_the_memorys_weights_is_known() -> None:
+    """temperature and copy say which weights there are, not what they mean."""
+    known = {*PART_OF_READER, "temperature", "copy"}
+    assert {f"memory.{name}" for name in known} == {*OF_MEMORY}
 
 
 def test_weights_of_another_shape_are_refused(saved: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from token_losses import losses, with_another_end
 
 from memorizing_studies.rivals.compressed_memory import CompressedMemory, read_matrix, read_means
 from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.model.gates import GATES
 
 KINDS = pytest.mark.parametrize("kind", ["mean", "linear"])
 
@@ -108,12 +110,34 @@ def test_the_model_reads_as_before_afterwards(texts: Path) -> None:
     assert found[0] == found[2] != found[1]
 
 
-def test_copies_compiled_code_and_an_empty_pool_are_refused(texts: Path) -> None:
+NEED_PAIRS: list[dict[str, Any]] = [
+    {"copy": ["neighbours"]},
+    *({"position_bias": kind} for kind in ("t5", "learned-absolute", "log")),
+    {"match_length": 4},
+    {"combine": "evidence"},
+]
+
+
+@pytest.mark.parametrize("settings", NEED_PAIRS, ids=str)
+def test_what_needs_single_pairs_is_refused(texts: Path, settings: dict[str, Any]) -> None:
+    trainer = make_trainer(callbacks=[CompressedMemory()])
+    ((key, value),) = settings.items()
+    with pytest.raises(ConfigError, match="to compress the memory") as caught:
+        trainer.test(make_module(**settings), datamodule=make_data(texts))
+    assert str(caught.value).startswith(f"model.memory.{key} = {value!r}: ")
+
+
+@KINDS
+@pytest.mark.parametrize("combine", [name for name in GATES if name != "evidence"])
+def test_every_other_gate_reads_finite_numbers(texts: Path, kind: Any, combine: Any) -> None:
+    found = losses(texts, CompressedMemory(kind), combine=combine, temperature=True)
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+def test_compiled_code_and_an_empty_pool_are_refused(texts: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         CompressedMemory(pool=0)
     trainer = make_trainer(callbacks=[CompressedMemory()])
-    with pytest.raises(ConfigError, match=r"model\.memory\.copy"):
-        trainer.test(make_module(copy=["neighbours"]), datamodule=make_data(texts))
     module = make_module()
     module.config.compile = True
     with pytest.raises(ConfigError, match=r"model\.compile"):

@@ -129,8 +129,14 @@ def test_weight_decay_shrinks_matrices_alone(name: Any) -> None:
         ({"lr": math.inf}, "lr = inf: must be a finite number"),
         ({"weight_decay": math.nan}, "weight_decay = nan: must be a finite number"),
         ({"weight_decay": math.inf}, "weight_decay = inf: must be a finite number"),
-        ({"memory_lr_factor": math.nan}, "memory_lr_factor = nan: must be a finite number"),
-        ({"memory_lr_factor": -1.0}, "memory_lr_factor = -1.0: must be at least 0"),
+        *(
+            (
+                {"memory_lr_factor": x},
+                f"memory_lr_factor = {x}: must be finite and at least 0; 1 is "
+                "the rate of all others",
+            )
+            for x in (-1.0, math.nan, math.inf)
+        ),
         ({"warmup_steps": -1}, "warmup_steps = -1: must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay = -0.1: must be at least 0"),
         ({"betas": (0.9, 1.0)}, "betas = (0.9, 1.0): each must lie in [0, 1)"),
@@ -142,6 +148,11 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
     with pytest.raises(ConfigError) as caught:
         OptimizerConfig(**settings).validate()
     assert str(caught.value) == f"model.optimizer.{message}"
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 30.0])
+def test_any_finite_rate_of_the_memory_is_accepted(factor: float) -> None:
+    OptimizerConfig(memory_lr_factor=factor).validate()
 
 
 @pytest.mark.parametrize(

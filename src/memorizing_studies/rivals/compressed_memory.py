@@ -27,6 +27,7 @@ from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.memory import Neighbours
 from memorizing_transformers.memory.attend import MemoryAttention
 from memorizing_transformers.memory.view import Readable
+from memorizing_transformers.model.gates import GATES
 
 Read = tuple[Tensor, Tensor]
 """Output (B, G, Q, D) and log mass (B, G, Q) of queries."""
@@ -77,14 +78,25 @@ class CompressedMemory(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a copy head, which needs single pairs, and compiled code, which reads others."""
+        """Refuse what needs single pairs, and compiled code, which reads others.
+
+        Raises:
+            ConfigError: naming the key and what would do.
+        """
         module: Any = pl_module
         if module.config.compile:
             raise ConfigError("model.compile", True, "must be false to compress the memory")
-        if module.config.memory.copy:
-            raise ConfigError(
-                "model.memory.copy", module.config.memory.copy, "must be [] to compress the memory"
-            )
+        memory = module.config.memory
+        # More candidates than one need one of the biases.
+        for key, plain in (("copy", []), ("position_bias", "none"), ("match_length", 0)):
+            value = getattr(memory, key)
+            if value != plain:
+                remedy = f"must be {plain} to compress the memory, which leaves no single pairs"
+                raise ConfigError(f"model.memory.{key}", value, remedy)
+        if GATES[memory.combine].needs_scores:
+            usable = ", ".join(name for name, gate in GATES.items() if not gate.needs_scores)
+            remedy = f"needs single pairs; to compress the memory it must be one of {usable}"
+            raise ConfigError("model.memory.combine", memory.combine, remedy)
 
     def _take_over(self, pl_module: LightningModule) -> None:
         module: Any = pl_module

@@ -55,7 +55,9 @@ def _hashes(text: Tensor) -> list[Tensor]:
         hashes[length] = current
         earlier = torch.zeros_like(current)
         earlier[:, length:] = current[:, :-length]
-        current = (current * OTHER + earlier) * FACTOR
+        current = current * OTHER + earlier
+        # Products and sums alone are linear: "abcd" and "acbd" would be the same.
+        current = (current ^ ((current >> 32) & (2**32 - 1))) * FACTOR
         length *= 2
     hashes[length] = current
     return [(hashes[order] >> (64 - TABLE_BITS)) & (2**TABLE_BITS - 1) for order in ORDERS]

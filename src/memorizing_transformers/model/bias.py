@@ -132,7 +132,7 @@ class MemoryBias(nn.Module):
         nn.init.zeros_(self.table.weight)
 
     def forward(self, distance: Tensor, age: Tensor, size: int) -> Tensor:
-        """Bias of each retrieved pair, on the device of ``distance``, to which the table is copied.
+        """Bias of each retrieved pair in fp32, on the device of ``distance``: the table is copied.
 
         Args:
             distance: (B, H, N, K) tokens between the query and the pair.
@@ -146,6 +146,6 @@ class MemoryBias(nn.Module):
             bucket = t5_bucket(distance, self.num_buckets, self.max_distance)
         else:
             bucket = (age * self.num_buckets // size).clamp(0, self.num_buckets - 1)
-        table = self.table.weight.to(bucket.device)
+        table = self.table.weight.to(bucket.device, torch.float32)
         head = torch.arange(table.shape[1], device=bucket.device)[:, None, None]
         return table[bucket, head]

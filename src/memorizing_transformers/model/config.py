@@ -87,7 +87,7 @@ class MemoryConfig:
             equal those up to the query; matches of this length and longer ones count alike. 0 = no
             such bias.
         candidates: Number of pairs that are retrieved for each one that is kept. The biases choose
-            among them.
+            among them, so more than 1 needs position_bias or match_length.
         copy: What a copy head mixes into the prediction: the tokens of retrieved pairs
             (neighbours), and the tokens that followed where the last tokens occurred before in the
             memory and the segment (repeats). [] builds no copy head.
@@ -163,6 +163,9 @@ class MemoryConfig:
             _choose(prefix + "copy", name, COPY_NAMES)
         for key, least in (("match_length", 0), ("candidates", 1)):
             _at_least(prefix + key, getattr(self, key), least)
+        if self.candidates > 1 and self.position_bias == "none" and not self.match_length:
+            remedy = "needs position_bias or match_length to choose by; set one, or candidates=1"
+            raise ConfigError(prefix + "candidates", self.candidates, remedy)
         if self.copy_top_k is not None:
             _at_least(prefix + "copy_top_k", self.copy_top_k, 1)
         if not 0 < self.copy_init < 1:

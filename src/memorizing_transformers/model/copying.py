@@ -1,7 +1,7 @@
 """Where tokens of the memory are copied from: candidates, and their odds against the model.
 
 A source first names its candidates, which need no prediction of the model, and then gives their
-odds; ``mixing`` says what follows from them.
+odds, in fp32 whatever the weights are stored in; ``mixing`` says what follows from them.
 
 Shapes: B rows, N segment, H query heads, K neighbours, C candidates, V vocabulary.
 """
@@ -101,8 +101,10 @@ class NeighbourCopies(nn.Module):
         """(B, N, 2 H C)."""
         weights = inputs.found.weights[..., : self.nearest].to(inputs.hidden.device)
         sharpness = weights.detach().amax(-1)
-        log_odds = self.log_odds[:, None, :, None] + self.sharpness[:, None, :, None] * sharpness
-        log_odds = log_odds + (inputs.hidden @ self.hidden.t()).permute(2, 0, 1)[:, :, None]
+        start, slope = (x.float()[:, None, :, None] for x in (self.log_odds, self.sharpness))
+        log_odds = start + slope * sharpness
+        by_token = inputs.hidden @ self.hidden.float().t()
+        log_odds = log_odds + by_token.permute(2, 0, 1)[:, :, None]
         odds = log_odds.exp()[..., None] * weights
         return odds.permute(1, 3, 0, 2, 4).flatten(2)
 
@@ -144,8 +146,9 @@ class RepeatCopies(nn.Module):
         """(B, N, C)."""
         lengths, distances = candidates.facts
         known = lengths > 0
-        score = self.by_length[lengths] - self.slope * torch.log1p(distances / 64)
-        score = score + self.toward_likely * own.log_p
+        score = self.by_length.float()[lengths]
+        score = score - self.slope.float() * torch.log1p(distances / 64)
+        score = score + self.toward_likely.float() * own.log_p
         # Not minus infinity: where nothing is known its softmax would have no gradient.
         weights = score.masked_fill(~known, -1e9).softmax(-1).masked_fill(~known, 0.0)
         sums, once = sum_by_token(candidates.tokens, weights, inputs.vocab_size)
@@ -153,8 +156,9 @@ class RepeatCopies(nn.Module):
         likely = own.log_p.gather(-1, best[..., None])
         different = (once & (sums > 0)).sum(-1, keepdim=True).log1p()
         features = [agreed[..., None], likely, own.best_log_p[..., None], different]
-        log_odds = self.log_odds[lengths.amax(-1)] + torch.cat(features, -1) @ self.features
-        log_odds = log_odds + inputs.hidden @ self.hidden
+        log_odds = self.log_odds.float()[lengths.amax(-1)]
+        log_odds = log_odds + torch.cat(features, -1) @ self.features.float()
+        log_odds = log_odds + inputs.hidden @ self.hidden.float()
         return log_odds.exp()[..., None] * weights
 
 

@@ -63,7 +63,7 @@ class MatchBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(2, longest + 1, num_heads))
 
     def forward(self, lengths: Tensor) -> Tensor:
-        """The bias (B, H, N, K) of match lengths (2, B, H, N, K)."""
-        table = self.table.to(lengths.device)
+        """The bias (B, H, N, K) fp32 of match lengths (2, B, H, N, K)."""
+        table = self.table.to(lengths.device, torch.float32)
         head = torch.arange(table.shape[2], device=lengths.device)[:, None, None]
         return table[0][lengths[0], head] + table[1][lengths[1], head]

@@ -123,6 +123,7 @@ class CopyHead(nn.Module):
 
     def _odds(self, found: Found, own: OwnForecast) -> Tensor:
         """(B, N, C) fp32 of all sources; 0 where the row's memory is empty."""
+        own = OwnForecast(own.log_p.float(), own.best_log_p.float())
         parts, start = [], 0
         for source, candidates in zip(self._all(), found.candidates, strict=True):
             part = slice(start, start + candidates.tokens.shape[-1])

@@ -68,13 +68,12 @@ class OptimizerConfig:
         """
         if not self.lr > 0:
             raise ConfigError(prefix + "lr", self.lr, "must be above 0")
-        for key in ("lr", "memory_lr_factor", "weight_decay"):
+        for key in ("lr", "weight_decay"):
             if not math.isfinite(getattr(self, key)):
                 raise ConfigError(prefix + key, getattr(self, key), "must be a finite number")
-        if self.memory_lr_factor < 0:
-            raise ConfigError(
-                prefix + "memory_lr_factor", self.memory_lr_factor, "must be at least 0"
-            )
+        if not 0 <= self.memory_lr_factor < math.inf:
+            remedy = "must be finite and at least 0; 1 is the rate of all others"
+            raise ConfigError(prefix + "memory_lr_factor", self.memory_lr_factor, remedy)
         if self.total_steps is not None and self.total_steps < 1:
             raise ConfigError(prefix + "total_steps", self.total_steps, "must be at least 1")
         if self.warmup_steps < 0:
@@ -147,11 +146,15 @@ class OptimizerConfig:
         return make(groups, lr=self.lr, **{**betas, **self.options})
 
 
+def is_of_memory(name: str) -> bool:
+    """Whether a parameter belongs to a reader of the memory or to the copy head."""
+    return bool({"reader", "memory_reader", "copy_head"} & {*name.split(".")})
+
+
 def is_memory_number(name: str) -> bool:
     """Whether a parameter is one of the memory's own numbers, and no kernel that reads tokens."""
     *path, last = name.split(".")
-    own = bool({"reader", "memory_reader", "copy_head"} & {*path})
-    return own and last != "hidden" and "linear" not in path
+    return is_of_memory(name) and last != "hidden" and "linear" not in path
 
 
 def parameter_groups(
