@@ -13,6 +13,7 @@ from memorizing_transformers.training import muon as muon_module
 from memorizing_transformers.training.muon import is_layer_matrix, orthogonalised
 from memorizing_transformers.training.optimizers import (
     OptimizerConfig,
+    is_memory_number,
     make_optimizer,
     parameter_groups,
 )
@@ -76,8 +77,9 @@ def test_steps_are_those_of_the_two_optimisers_of_torch(
     optimizer = make_optimizer(ours, OptimizerConfig("muon", **settings))
     named = dict(other.named_parameters())
     kernels = [named[name] for name in named if name in MATRICES]
-    vectors = [p for name, p in named.items() if name not in MATRICES and p.ndim < 2]
-    rest = [p for name, p in named.items() if name not in MATRICES and p.ndim > 1]
+    others = {name: p for name, p in named.items() if name not in MATRICES}
+    vectors = [p for name, p in others.items() if p.ndim < 2 or is_memory_number(name)]
+    rest = [p for name, p in others.items() if not (p.ndim < 2 or is_memory_number(name))]
     muon = torch.optim.Muon(kernels, adjust_lr_fn="match_rms_adamw", **settings)
     groups = [{"params": rest}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), **settings)

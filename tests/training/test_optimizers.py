@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from memorizing_transformers.errors import ConfigError
+from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.training.optimizers import (
     OptimizerConfig,
     lr_factor,
@@ -148,6 +149,36 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
     with pytest.raises(ConfigError) as caught:
         OptimizerConfig(**settings).validate()
     assert str(caught.value) == f"model.optimizer.{message}"
+
+
+WITH_NUMBERS: dict[str, Any] = {
+    "copy": ["neighbours", "repeats"],
+    "match_length": 3,
+    "temperature": True,
+}
+KERNELS = ("gate.hidden", "gate.linear.weight", "neighbours.hidden")
+"""Of the memory's parameters those that read hidden states, and have two dimensions."""
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 30.0])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("bias", ["t5", "learned-absolute", "log"])
+@pytest.mark.parametrize("combine", ["gate", "content", "joint-bias", "evidence"])
+def test_the_memorys_numbers_never_decay(combine: Any, bias: Any, name: str, factor: float) -> None:
+    memory = {"size": 8, "top_k": 2, "combine": combine, "position_bias": bias, **WITH_NUMBERS}
+    net = Transformer(ModelConfig(23, 16, 2, 4, memory=memory))
+    of_memory = {id(parameter) for parameter in net.memory_parameters()}
+    own = {n: p for n, p in net.named_parameters() if id(p) in of_memory}
+    config = OptimizerConfig(name, lr=0.1, weight_decay=0.5, memory_lr_factor=factor)
+    optimizer = make_optimizer(net, config)
+    before = {n: p.detach().clone() for n, p in own.items()}
+    with torch.no_grad():
+        for parameter in own.values():
+            parameter += 1.0  # not 0, which would decay to 0
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decayed = {n for n, p in own.items() if not torch.equal(p, before[n] + 1.0)}
+    assert decayed == {n for n in own if n.endswith(KERNELS)}
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 30.0])

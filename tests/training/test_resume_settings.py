@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from small import assert_alike, make_data, make_module
 from torch import Tensor, nn
 
 from memorizing_transformers.errors import UserError
+from memorizing_transformers.training import optimizers
 from memorizing_transformers.training.checkpoint import folder as checkpoints
 from memorizing_transformers.training.checkpoint.optimizer_state import SETTINGS_KEY
 from memorizing_transformers.training.checkpoint.resume import ARCHITECTURE_KEY
@@ -123,6 +125,30 @@ def test_muon_goes_on_where_the_memory_gets_a_rate_of_its_own_or_loses_it(
         assert float(state.get("step", 4)) == 4
     assert ("momentum_buffer" in saved["layers.0.attention.query.weight"]) is True
     assert "exp_avg" in saved["embedding.weight"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("now", [1.0, 10.0])
+def test_a_run_goes_on_whose_memory_numbers_decayed_by_their_shape(
+    now: float, name: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in versions before: the groups had other members."""
+    settings: dict[str, Any] = {"copy": ["neighbours", "repeats"], "combine": "evidence"}
+    optimizer = {"name": name, **COSINE}
+    with monkeypatch.context() as patch:
+        older = functools.partial(optimizers.parameter_groups, by_shape=True)
+        patch.setattr(optimizers, "parameter_groups", older)
+        first = Fit(texts, tmp_path / "a", 3, optimizer=optimizer, **settings)
+    decaying = {id(p) for group in first.optimizer.param_groups[:1] for p in group["params"]}
+    head = first.module.net.copy_head
+    assert head is not None
+    assert id(head.sources["neighbours"].log_odds) in decaying
+    saved = {n: first.optimizer.state[p] for n, p in first.module.net.named_parameters()}
+    changed = {**optimizer, "memory_lr_factor": now}
+    rest = Fit(texts, tmp_path / "b", 4, first.checkpoint(3), optimizer=changed, **settings)
+    assert rest.start.state.keys() == saved.keys()
+    for parameter, state in rest.start.state.items():
+        assert alike(state, {k: torch.as_tensor(v) for k, v in saved[parameter].items()}), parameter
 
 
 JOINED: list[dict[str, Any]] = [

@@ -36,13 +36,13 @@ class OptimizerConfig:
         lr: Learning rate at the end of the warm-up. With schedule=rsqrt the rate at step s is lr /
             sqrt(max(s, warmup_steps)), as in the paper, which uses lr = 1.0.
         memory_lr_factor: Learning rate of the memory's own numbers (gates, temperatures, biases on
-            retrieved pairs, weights of the copy head) as a multiple of lr. They do not decay then.
+            retrieved pairs, weights of the copy head) as a multiple of lr.
         options: Further arguments of the optimiser, e.g. {eps: 1.0e-6}.
         betas: The two decay rates of AdamW, also beside muon. Other optimisers take theirs from
             options.
         weight_decay: Decoupled weight decay (times lr) of all parameters with two or more
-            dimensions: the kernels of linear layers, the embedding, the tables of position biases.
-            Norms, gates and scales do not decay.
+            dimensions: the kernels of linear layers, the embedding, the tables of local position
+            biases. Norms, scales and the memory's own numbers do not decay.
         schedule: Learning-rate schedule after the linear warm-up: constant, cosine or rsqrt.
         warmup_steps: Length of the linear warm-up in steps.
         total_steps: Step at which the cosine schedule ends. Default: trainer.max_steps.
@@ -158,13 +158,17 @@ def is_memory_number(name: str) -> bool:
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, by_shape: bool = False
 ) -> list[dict[str, Any]]:
-    """The groups of an optimiser: what has two dimensions or more decays, vectors do not.
+    """The groups of an optimiser: what has two dimensions or more decays.
+
+    Vectors and the memory's own numbers do not.
 
     Args:
         named: the parameters with their names.
         config: tells the decay and the memory's learning rate.
+        by_shape: as earlier versions did: the memory's numbers decay by their dimensions too,
+            unless their learning rate is another one. To read their checkpoints.
 
     Returns:
         for each group ``params``, its pairs of name and parameter, ``weight_decay`` and ``lr``; the
@@ -183,8 +187,8 @@ def parameter_groups(
         groups.append({**groups[0], "params": [], "matrices": True})
     for name, parameter in named:
         own = is_memory_number(name)
-        if own and with_own_rate:
-            group = groups[2]
+        if own and (with_own_rate or not by_shape):
+            group = groups[2 if with_own_rate else 1]
         elif with_muon and not own and is_layer_matrix(name, parameter):
             group = groups[-1]
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -68,14 +68,17 @@ def _trained_names(
     config: OptimizerConfig,
     memory: set[int],
     with_memory: bool,
+    by_shape: bool,
 ) -> list[list[str]]:
-    """By group, the names of the parameters that a run trains, with a memory or without."""
+    """By group, the names of the parameters that a run trains, with a memory or without.
+
+    ``by_shape`` is that of ``parameter_groups``."""
     named = [
         (name, parameter)
         for name, parameter in named
         if (with_memory if id(parameter) in memory else parameter.requires_grad)
     ]
-    return _names(parameter_groups(named, config))
+    return _names(parameter_groups(named, config, by_shape))
 
 
 def take_over(
@@ -108,8 +111,8 @@ def take_over(
     # The memory's own numbers were a group of their own, or were not.
     fewest = 3 if config.name == "muon" else 2
     grouped = replace(config, memory_lr_factor=1.0 if len(numbers) == fewest else 2.0)
-    for with_memory in (True, False):
-        names = _trained_names(as_saved, grouped, memory, with_memory)
+    for with_memory, by_shape in product((True, False), (False, True)):
+        names = _trained_names(as_saved, grouped, memory, with_memory, by_shape)
         if [*map(len, names)] == [*map(len, numbers)]:
             break
     else:
