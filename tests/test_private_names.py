@@ -21,10 +21,24 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, launchers
 from lm_eval.api.model import TemplateLM
 from torchmetrics import Metric
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGES = tuple(folder.name for folder in SOURCE.iterdir() if (folder / "__init__.py").is_file())
+
+
+def _checkpointed() -> Any:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+    model.activation_checkpointing_enable()
+    return model
+
 
 USED: dict[str, Callable[[], Any]] = {
     "_actions": ArgumentParser,
@@ -39,6 +53,7 @@ USED: dict[str, Callable[[], Any]] = {
     "_data_parallel_size": ModelParallelStrategy,
     "_encode_pair": lambda: TemplateLM,
     "_from_pretrained": lambda: PyTorchModelHubMixin,
+    "_gradient_checkpointing_func": lambda: _checkpointed().model.layers[0],
     "_hub_mixin_config": lambda: PyTorchModelHubMixin,
     "_loglikelihood_tokens": lambda: TemplateLM,
     "_int_mm": lambda: torch,

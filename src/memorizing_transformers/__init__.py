@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .memory import MemoryBank
     from .model import MemoryConfig, ModelConfig
     from .pretrained.hub import MemorizingTransformer
-    from .pretrained.memorized import MemorizedModel, memorize
+    from .pretrained.memorize import memorize
+    from .pretrained.memorized import MemorizedModel
 
 _HOMES = {
     "MemorizedModel": ".pretrained.memorized",
@@ -22,7 +23,7 @@ _HOMES = {
     "MemoryBank": ".memory",
     "MemoryConfig": ".model",
     "ModelConfig": ".model",
-    "memorize": ".pretrained.memorized",
+    "memorize": ".pretrained.memorize",
 }
 
 __all__ = [

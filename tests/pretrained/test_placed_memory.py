@@ -89,3 +89,23 @@ def test_a_bank_of_them_is_saved_and_loaded() -> None:
         commit(other, start)
     for name, tensor in one.tensors().items():
         assert torch.equal(tensor, other.tensors()[name]), name
+
+
+@pytest.mark.parametrize("size", [2, 5, 8, 12])
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+def test_a_cache_of_another_size_keeps_the_first_pairs_too(size: int, sinks: int) -> None:
+    one, other = (SinkCache(B, G, n, D, sinks=sinks) for n in (8, size))
+    for start in range(0, 20, 5):
+        one.write(*segment(start, 5))
+    other.load(one.tensors())
+    kept, newest = min(sinks, size), min(8, size)
+    held = other.keys[0, 0, other.valid()[0], 0].long().tolist()
+    expected = [*range(20 - newest, 20)]
+    expected[:kept] = range(kept)
+    assert held == expected
+    assert torch.equal(other.values, -other.keys)
+    other.write(*segment(20, 9))
+    expected = [*range(29 - size, 29)]
+    expected[:kept] = range(kept)
+    if size <= 9:
+        assert other.keys[0, 0, other.valid()[0], 0].long().tolist() == expected

@@ -65,6 +65,17 @@ def test_what_memorize_made_comes_back(home: Path, tmp_path: Path, options: dict
     assert not torch.equal(read(again), read(model))
 
 
+def test_a_base_that_was_trained_is_not_lost_without_a_word(home: Path, tmp_path: Path) -> None:
+    model = memorized(home / "base")
+    model.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        model.base.get_input_embeddings().weight.add_(0.1)
+    with pytest.raises(ConfigError, match=r"^base = .*base': .*base\.save_pretrained") as caught:
+        model.save_pretrained(tmp_path / "after")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "after").exists()
+
+
 @pytest.mark.parametrize("train", KINDS)
 def test_a_checkpoint_becomes_a_folder_and_both_are_the_trained_model(
     home: Path, tmp_path: Path, train: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from textwrap import shorten
 from typing import Any
@@ -35,14 +35,45 @@ def refuse_unknown(given: Mapping[str, Any], known: Iterable[str], prefix: str =
             raise ConfigError(f"{prefix}{name}", brief(value), f"is not known here; {remedy}")
 
 
-def check_memory(memory: Any, prefix: str = "memory.") -> None:
-    """Refuse a mapping with names that are no fields of ``MemoryConfig``.
+def check_layers(layers: Any, key: str, unset: str | None) -> None:
+    """Refuse what are no indices of layers.
+
+    Args:
+        layers: what was given.
+        key: of it, for the message.
+        unset: stands for layers that are chosen.
 
     Raises:
-        ConfigError: as ``refuse_unknown``.
+        ConfigError: naming it.
     """
-    if isinstance(memory, Mapping):
-        refuse_unknown(memory, [field.name for field in fields(MemoryConfig)], prefix)
+    if layers is unset or layers == unset:
+        return
+    # A set has no order, and a text is a sequence of texts.
+    whole = isinstance(layers, Sequence) and not isinstance(layers, str)
+    if not whole or not all(type(layer) is int for layer in layers):
+        remedy = f"must be {unset}, or a list of indices of layers, such as [-1]"
+        raise ConfigError(key, brief(layers), remedy)
+
+
+def check_memory(memory: Any, prefix: str = "memory.") -> None:
+    """Refuse what are no settings of a memory: names that are no fields, and values of other types.
+
+    Raises:
+        ConfigError: as ``refuse_unknown``, or naming the value and what would do.
+    """
+    if memory is None or isinstance(memory, MemoryConfig):
+        return
+    if not isinstance(memory, Mapping):
+        remedy = "must be a mapping of settings, such as {'size': 8192}"
+        raise ConfigError(prefix.rstrip("."), brief(memory), remedy)
+    refuse_unknown(memory, [field.name for field in fields(MemoryConfig)], prefix)
+    default = MemoryConfig()
+    for name, value in memory.items():
+        kind = type(getattr(default, name))
+        wanted = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(kind)
+        if wanted is not None and type(value) not in wanted:
+            remedy = f"must be of the type {kind.__name__}, such as {getattr(default, name)!r}"
+            raise ConfigError(f"{prefix}{name}", brief(value), remedy)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -53,6 +84,24 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     refuse_unknown(settings, SETTINGS, "model.")
     check_memory(settings.get("memory"), "model.memory.")
+
+
+def check_options(options: Mapping[str, Any], with_bank: bool) -> None:
+    """Refuse options of a forward pass that would mean something else than they say.
+
+    Args:
+        options: of the base's own forward.
+        with_bank: whether a memory is read.
+
+    Raises:
+        ConfigError: naming the first of them and what would do.
+    """
+    if options.get("labels") is not None:
+        remedy = "take the loss yourself: model.loss(output.logits, targets)"
+        raise ConfigError("labels", brief(options["labels"]), remedy)
+    if with_bank and options.get("position_ids") is not None:
+        remedy = "leave it out: with a memory, a segment is at positions 0 to N - 1"
+        raise ConfigError("position_ids", brief(options["position_ids"]), remedy)
 
 
 def check_placement(
@@ -73,8 +122,8 @@ def check_placement(
     if position not in ("distance", "start"):
         raise ConfigError("position", position, "must be distance or start")
     for name, value in (("xl_cache", xl_cache), ("skip_first", skip_first)):
-        if value < 0:
-            raise ConfigError(name, value, "must be at least 0")
+        if type(value) is not int or value < 0:
+            raise ConfigError(name, brief(value), "must be a whole number of at least 0")
     refused = {"position_bias": "none", "match_length": 0, "copy": [], "candidates": 1}
     for name, only in refused.items():
         given = getattr(memory, name)

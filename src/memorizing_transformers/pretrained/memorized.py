@@ -6,7 +6,6 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,18 +25,14 @@ from ..memory import (
 )
 from ..model import MemorizingNet, MemoryConfig, ModelConfig, ModelOutput
 from ..model.reader import MemoryReader
-from .arguments import check_memory, check_placement
+from .arguments import check_options, check_placement
 from .head import OutputHead
 from .hook import LayerHook, attention_modules
-from .induction import induction_layers
 from .keys import check_keys, fingerprint_weights
+from .passes import Passes
 from .rotation import RotaryCalls
 from .segment import Segment
 from .sink_cache import SinkCache
-
-DEFAULTS = {"combine": "joint-bias", "temperature": True}
-"""Settings of a pretrained model's memory that differ from those of our own models: with them, an
-untrained memory is one softmax over local and retrieved keys."""
 
 
 class MemorizedModel(MemorizingNet):
@@ -99,6 +94,7 @@ class MemorizedModel(MemorizingNet):
             layer: LayerHook(module, self._calls, self.window, position == "distance")
             for layer, module in sorted(modules.items())
         }
+        self._passes = Passes(base, self._hooks, self._calls)
         self._shapes = check_keys(base, self._hooks, self._run, kind.vocab_size, count)
         search = make_search(memory.search, memory.recall_target, memory.search_bytes)
         heads, width = kind.num_attention_heads, kind.hidden_size
@@ -126,19 +122,10 @@ class MemorizedModel(MemorizingNet):
         return next(self.base.parameters()).device
 
     def _run(self, segment: Segment, input_ids: Tensor, **options: Any) -> ModelOutput:
-        self._calls.calls = []
-        for layer, hook in self._hooks.items():
-            if self.xl_cache or segment.length or layer in self.memory_layers:
-                hook.segment = segment
-        try:
-            output = self._head(self.base, input_ids, use_cache=False, **options)
-        finally:
-            # Under gradient checkpointing the backward pass computes the layers again.
-            if not (self.training and torch.is_grad_enabled()):
-                self._calls.calls = None
-                for hook in self._hooks.values():
-                    hook.segment = None
-        return output
+        everywhere = bool(self.xl_cache or segment.length)
+        layers = {n for n in self._hooks if everywhere or n in self.memory_layers}
+        with self._passes.reading(segment, layers):
+            return self._head(self.base, input_ids, use_cache=False, **options)
 
     def readers(self) -> dict[int, MemoryReader]:
         """By layer, what reads the memory."""
@@ -209,12 +196,10 @@ class MemorizedModel(MemorizingNet):
 
         Raises:
             ValueError: where ``memory`` holds another number of rows.
-            ConfigError: where padding is not at the right.
+            ConfigError: where padding is not at the right, or an option cannot be used here.
         """
+        check_options(options, memory is not None)
         if memory is None:
-            self._calls.calls = None
-            for hook in self._hooks.values():
-                hook.segment = None
             return self._head(
                 self.base, input_ids, targets, attention_mask=attention_mask, **options
             )
@@ -281,34 +266,3 @@ class MemorizedModel(MemorizingNet):
         from .saved import load_memorized
 
         return load_memorized(folder, base, **overrides)
-
-
-def memorize(
-    model: nn.Module,
-    memory: MemoryConfig | Mapping[str, Any] | None = None,
-    layers: Sequence[int] | Literal["auto"] = "auto",
-    xl_cache: int = 0,
-    position: Literal["distance", "start"] = "distance",
-    skip_first: int = 1,
-) -> MemorizedModel:
-    """Give a pretrained model a memory.
-
-    Args:
-        model: a decoder that ``AutoModelForCausalLM.from_pretrained`` loaded.
-        memory: settings of the memory; a mapping gives some of them.
-        layers: the memory layers; negative indices count from the last one. auto takes the layers
-            with induction heads, and prints what it found.
-        xl_cache: tokens of the segment before that every layer still sees. 0 = none.
-        position: where retrieved keys are: at their true distance (distance), but not farther than
-            the model was trained on, or at the start of the segment (start).
-        skip_first: pairs at the start of each segment that are never stored.
-
-    Raises:
-        ConfigError: where the family is not supported, or a setting cannot work.
-    """
-    if not isinstance(memory, MemoryConfig):
-        check_memory(memory)
-        memory = MemoryConfig(**{**DEFAULTS, **(memory or {})})
-    chosen = induction_layers(model) if layers == "auto" else list(layers)
-    memory.layers = chosen
-    return MemorizedModel(model, memory, xl_cache, position, skip_first)

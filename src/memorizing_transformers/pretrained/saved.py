@@ -21,6 +21,7 @@ from ..model import MemoryConfig
 from .adapt import AdaptConfig, AdaptedConfig, AdaptedModel, load_base
 from .arguments import check_memory, refuse_unknown
 from .hub import TOKENIZER_FOLDER
+from .keys import fingerprint_weights
 from .memorized import MemorizedModel
 
 SETTINGS = "memorized.json"
@@ -78,11 +79,13 @@ def save_memorized(model: MemorizedModel, folder: str | Path) -> None:
         folder: made if missing.
 
     Raises:
-        ConfigError: where nothing can be written there.
+        ConfigError: where nothing can be written there, or the base was trained, which ``memorize``
+            does not follow.
     """
     path = Path(folder)
     state = model.state_dict()
     if not isinstance(model, AdaptedModel):
+        _refuse_trained(model)
         state = {name: tensor for name, tensor in state.items() if ".memory_reader." in name}
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -93,6 +96,17 @@ def save_memorized(model: MemorizedModel, folder: str | Path) -> None:
     except (OSError, SafetensorError) as error:
         remedy = f"cannot be written; give a folder that can ({first_line(error)})"
         raise ConfigError("save_pretrained", str(folder), remedy) from error
+
+
+def _refuse_trained(model: MemorizedModel) -> None:
+    """Refuse to leave out weights that no other place holds."""
+    own = {n: x for n, x in model.base.state_dict().items() if ".memory_reader." not in n}
+    if fingerprint_weights(own) != model.fingerprint:
+        remedy = (
+            "has other weights than when it got its memory, and they are not saved with it; write "
+            "them with base.save_pretrained, and memorize what is loaded from there"
+        )
+        raise ConfigError("base", model.base_name or type(model.base).__name__, remedy)
 
 
 def load_memorized(folder: str | Path, base: Any = None, **overrides: Any) -> AdaptedModel:

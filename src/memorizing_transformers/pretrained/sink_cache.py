@@ -48,13 +48,19 @@ class SinkCache(XLCache):
         new = (index >= 0) & (index < count[:, None])
         index = index.clamp(0, keys.shape[2] - 1)
         index = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        full = (self.read > self.size)[:, None, None, None]
         for name, given in (("keys", keys), ("values", values)):
             first: Tensor = getattr(self, f"first_{name}")
             found = given.detach().to(first).gather(2, index)
             first = torch.where(new[:, None, :, None], found, first)
             setattr(self, f"first_{name}", first)
+        self._keep_first()
+
+    def _keep_first(self) -> None:
+        """Put the document's first pairs at the left of the rows that have lost them."""
+        full = (self.read > self.size)[:, None, None, None]
+        for name in ("keys", "values"):
             stored: Tensor = getattr(self, name)
+            first: Tensor = getattr(self, f"first_{name}")
             kept = torch.where(full, first, stored[:, :, : self.sinks])
             setattr(self, name, torch.cat([kept, stored[:, :, self.sinks :]], dim=2))
 
@@ -74,7 +80,11 @@ class SinkCache(XLCache):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``tensors`` of a cache with as many sinks gave."""
+        """Take over what ``tensors`` gave; a smaller cache keeps the first and the newest pairs."""
         super().load(tensors)
-        for name in ("first_keys", "first_values", "read"):
-            setattr(self, name, tensors[name].to(getattr(self, name)).clone())
+        self.sinks = min(self.sinks, tensors["first_keys"].shape[2])
+        for name in ("first_keys", "first_values"):
+            found = tensors[name][:, :, : self.sinks]
+            setattr(self, name, found.to(getattr(self, name)).clone())
+        self.read = tensors["read"].to(self.read).clone()
+        self._keep_first()

@@ -17,7 +17,8 @@ from ...pretrained.adapt import load_base
 from ...pretrained.arguments import MODEL_TYPE
 from ...pretrained.hub import MemorizingTransformer
 from ...pretrained.induction import induction_layers
-from ...pretrained.memorized import MemorizedModel, memorize
+from ...pretrained.memorize import memorize
+from ...pretrained.memorized import MemorizedModel
 from .export import load_model
 from .folder import read_manifest
 
