@@ -129,6 +129,23 @@ def test_one_seed_has_no_spread(finish: Finish, monkeypatch: pytest.MonkeyPatch)
     assert bars(figures[-1]) == [pytest.approx(math.sqrt(2)), None]
 
 
+@pytest.mark.parametrize("finished", [1, 2, 3])
+def test_a_mean_over_fewer_seeds_says_so(finish: Finish, finished: int) -> None:
+    whole = {key: [1.0, 2.0, 4.0] for key in FIGURES}
+    some = {key: values[:finished] for key, values in whole.items()}
+    # A figure may be missing where the run has finished.
+    some["recall"] = [0.5, *[None] * (finished - 1)]
+    plan, trials = finish({"base": whole, "some": some})
+    table = write_outcome(plan, trials)
+    assert "seeds)" not in "".join(cells(table, "base").values())
+    marked = {head: cell for head, cell in cells(table, "some").items() if "seeds)" in cell}
+    figures = {*cells(table, "some")} - {"variant", "run", "recall"}
+    assert cells(table, "some")["recall"] == "0.500 (1 of 3 seeds)"
+    marked.pop("recall")
+    assert {*marked} == (figures if finished < 3 else set())
+    assert all(f"({finished} of 3 seeds)" in cell for cell in marked.values())
+
+
 def test_the_table_is_written_with_figures_that_are_not_finite(finish: Finish) -> None:
     """A finite loss above 709 has no finite perplexity."""
     plan, trials = finish(
@@ -153,7 +170,7 @@ def test_multiples_are_relative_to_the_reference(finish: Finish) -> None:
     found = rows(Path(plan.out, "table.csv"))
     assert [float(found["x"][f"{key}_relative"]) for key in keys] == [4] * 4
     assert [found["no"][f"{key}_relative"] for key in keys] == [""] * 4
-    assert cells(table, "x")["step ms"] == "12.0 (4.00 x)"
+    assert cells(table, "x")["step ms"] == "12.0 (1 of 2 seeds) (4.00 x)"
 
 
 def test_raw_results_are_those_of_every_trial(finish: Finish) -> None:

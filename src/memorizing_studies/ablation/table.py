@@ -51,9 +51,15 @@ class Row:
     spread: dict[str, float]
     """Sample standard deviation over seeds, if there are several and all figures are finite."""
     seeds: int
+    of: int
+    """The seeds of the plan."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """By figure, the seeds that it is the mean of."""
     relative: dict[str, float] = field(default_factory=dict)
     """Figures of ``RELATIVE`` as multiples of the reference's."""
     difference: Difference | None = None
+    compared: int = 0
+    """The seeds that the difference is the mean of."""
     failures: tuple[str, ...] = ()
 
 
@@ -84,12 +90,15 @@ def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
                 if len(some) > 1 and all(map(math.isfinite, some))
             },
             seeds=len(found),
+            of=len(plan.seeds),
+            counts={key: len(some) for key, some in values.items() if some},
             failures=tuple(f"seed {t.seed}: {t.failure}" for t in own if t.failure is not None),
         )
         both = [
             s for s in plan.seeds if {(variant.name, s), (plan.reference, s)} <= documents.keys()
         ]
         if variant.name != plan.reference and both:
+            row.compared = len(both)
             row.difference = compare(
                 [documents[variant.name, seed] for seed in both],
                 [documents[plan.reference, seed] for seed in both],
@@ -102,11 +111,17 @@ def make_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
     return rows
 
 
+def _seeds(row: Row, count: int) -> str:
+    """A mark of a mean over fewer seeds than the plan has, which compares unlike runs."""
+    return f" ({count} of {row.of} seeds)" if count < row.of else ""
+
+
 def _cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
     if key not in row.mean:
         return ""
     text = format(scale * row.mean[key], form)
-    return f"{text} ± {format(scale * row.spread[key], form)}" if key in row.spread else text
+    spread = f" ± {format(scale * row.spread[key], form)}" if key in row.spread else ""
+    return text + spread + _seeds(row, row.counts[key])
 
 
 def _relative_cell(row: Row, key: str, form: str) -> str:
@@ -125,7 +140,7 @@ def markdown(plan: Plan, rows: Sequence[Row]) -> str:
         if row.difference is not None:
             loss, p_value, _, spread = row.difference
             spread_text = "" if spread is None else f" ± {spread:.4f}"
-            difference = f"{loss:+.4f}{spread_text} ({p_value:.2g})"
+            difference = f"{loss:+.4f}{spread_text} ({p_value:.2g}){_seeds(row, row.compared)}"
         cells = [
             row.name,
             row.how if row.mean or not row.failures else "failed",
