@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from build import VOCAB, random_tokens, small_model
@@ -157,3 +159,24 @@ def test_the_loss_teaches_queries_what_to_copy() -> None:
         )
         gradients.append(gradient)
     assert not torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    "reads", [{"copy": ["neighbours"]}, {"copy": ["repeats"]}, {"match_length": 2}]
+)
+def test_tokens_that_will_be_read_must_be_written(reads: dict[str, Any]) -> None:
+    model, ids = small_model(**reads), random_tokens(2, 4)
+    for size in (None, 0):
+        bank = model.new_memory(2, size=size).take([1, 0])
+        bank.own()
+        pairs = model(ids, bank).pairs
+        if size is None:
+            with pytest.raises(ValueError, match=r"^token_ids = None: .*token_ids=") as caught:
+                bank.commit(pairs)
+            assert "\n" not in str(caught.value)
+        else:
+            bank.commit(pairs)
+        bank.commit(pairs, token_ids=ids)
+    plain = small_model()
+    bank = plain.new_memory(2)
+    bank.commit(plain(ids, bank).pairs)

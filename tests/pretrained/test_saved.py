@@ -20,6 +20,8 @@ from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.pretrained.saved import SETTINGS, WEIGHTS
 from memorizing_transformers.training.checkpoint.export import load_model
 
+SIZES = {"size": 32, "top_k": 4}
+
 
 def read(model: MemorizedModel) -> Tensor:
     """Logits of three segments."""
@@ -37,7 +39,7 @@ def read(model: MemorizedModel) -> Tensor:
 def memorized(folder: Path, **options: Any) -> MemorizedModel:
     """A model whose memory has weights that no start gives."""
     base = AutoModelForCausalLM.from_pretrained(folder)
-    model = memorize(base, {"size": 32, "top_k": 4}, layers=[1], **options).eval()
+    model = memorize(base, SIZES, layers=[1], **options).eval()
     with torch.no_grad():
         for parameter in model.memory_parameters():
             parameter.add_(0.3)
@@ -185,3 +187,46 @@ def test_the_other_class_says_which_one_reads_the_folder(home: Path, tmp_path: P
     memorized(home / "base").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"MemorizedModel\.from_pretrained"):
         MemorizingTransformer.from_pretrained(tmp_path)
+
+
+def test_a_base_in_another_dtype_comes_back_as_it_was(home: Path, tmp_path: Path) -> None:
+    half, whole = (
+        memorize(AutoModelForCausalLM.from_pretrained(home / "base", dtype=dtype), SIZES, [1])
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    half.eval().save_pretrained(tmp_path / "half")
+    whole.eval().save_pretrained(tmp_path / "whole")
+    for folder, options in (("half", {}), ("whole", {"dtype": "bfloat16"})):
+        found = MemorizedModel.from_pretrained(tmp_path / folder, **options)
+        assert next(found.base.parameters()).dtype == torch.bfloat16
+        assert torch.equal(read(found), read(half))
+        found.save_pretrained(tmp_path / "again")
+        assert torch.equal(read(MemorizedModel.from_pretrained(tmp_path / "again")), read(half))
+    # Files of earlier versions do not say it.
+    settings = json.loads((tmp_path / "whole" / SETTINGS).read_text())
+    del settings["dtype"]
+    (tmp_path / "whole" / SETTINGS).write_text(json.dumps(settings))
+    assert torch.equal(read(MemorizedModel.from_pretrained(tmp_path / "whole")), read(whole))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory": None},
+        {"adapt": []},
+        {"memory": {"sise": 8}},
+        {"memory": {"size": "8"}},
+        {"adapt": {"trane": "all"}},
+    ],
+    ids=str,
+)
+def test_settings_that_are_none_are_named(
+    home: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    memorized(home / "base").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    for text in (json.dumps({**settings, **change}), "[]", "5"):
+        (tmp_path / SETTINGS).write_text(text)
+        with pytest.raises(ConfigError, match=r"^folder = ") as caught:
+            MemorizedModel.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
+from served import save_model
 
 pytest.importorskip("litserve")
 
-from memorizing_studies.serving.answering import Until
+from memorizing_studies.serving.answering import Answer, Until, answer
+from memorizing_studies.serving.conversations import Conversations
+from memorizing_transformers.commands.reading import open_reader
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -35,3 +40,26 @@ def test_every_cut_gives_the_text_before_the_first_stop(seed: int) -> None:
     assert not any(other in shown for other in stops)
     assert text.startswith(shown)
     assert min(places) == len(shown)
+
+
+def test_a_penalty_holds_for_turns_that_were_read_before(tmp_path: Path) -> None:
+    reader = open_reader(str(save_model(tmp_path)), 32, None, "cpu")
+    conversations = Conversations(reader, [], 4, 1e9)
+    options: dict[str, Any] = {"temperature": 0, "seed": 0, "stop": [], "sources": False}
+
+    def ask(name: str, ids: list[int], penalty: float) -> list[int]:
+        one = conversations.find(name)
+        chosen = {**options, "repetition_penalty": penalty}
+        list(answer(conversations, one, ids, 40, chosen, Answer()))
+        return one.read[len(ids) :]
+
+    first = reader.ids("abcd efgh")[0].tolist()
+    answers = []
+    for penalty in (1.0, 3.0):
+        talk, anew = conversations.open(), conversations.open()
+        whole = [*first, *ask(talk, first, penalty), *reader.ids(" and")[0].tolist()]
+        assert len(conversations.find(talk).begin(whole)[1]) < len(whole)
+        found = ask(talk, whole, penalty)
+        assert found == ask(anew, whole, penalty)
+        answers.append(found)
+    assert answers[0] != answers[1]

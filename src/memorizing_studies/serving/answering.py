@@ -8,7 +8,13 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer, set_seed
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TextIteratorStreamer,
+    set_seed,
+)
 
 from memorizing_transformers.generation.causal_lm import SessionCache, causal_lm
 from memorizing_transformers.generation.sources import Sources
@@ -65,6 +71,24 @@ class Until:
         return rest
 
 
+class PenaltyOfAll(LogitsProcessor):
+    """Makes all tokens of a conversation less likely, also those of turns that were read before.
+
+    Args:
+        read: tokens before those that the model is given now.
+        penalty: as ``repetition_penalty``.
+    """
+
+    def __init__(self, read: Sequence[int], penalty: float) -> None:
+        self.read, self.penalty = [*read], RepetitionPenaltyLogitsProcessor(penalty)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V) after tokens (B, N)."""
+        before = input_ids.new_tensor(self.read).expand(input_ids.shape[0], -1)
+        penalised: torch.Tensor = self.penalty(torch.cat([before, input_ids], 1), scores)
+        return penalised
+
+
 def prompt_of_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     """The tokens of a chat, in the template of the tokenizer.
 
@@ -112,6 +136,7 @@ def answer(
     drawn: dict[str, Any] = {"do_sample": False}
     if options["temperature"]:
         drawn = {"do_sample": True, **{k: options[k] for k in ("temperature", "top_p", "top_k")}}
+    penalty = PenaltyOfAll(ids[: len(ids) - len(unread)], options["repetition_penalty"])
     device = next(reader.model.parameters()).device
     made: list[int] = []
     failures: list[Exception] = []
@@ -124,7 +149,8 @@ def answer(
                 torch.tensor([unread], device=device),
                 past_key_values=cache,
                 max_new_tokens=most,
-                repetition_penalty=options["repetition_penalty"],
+                repetition_penalty=1.0,
+                logits_processor=LogitsProcessorList([penalty]),
                 stop_strings=options["stop"] or None,
                 tokenizer=tokenizer,
                 streamer=streamer,

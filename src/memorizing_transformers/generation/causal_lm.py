@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ConfigError
 from ..model import MemorizingNet
-from ..pretrained.arguments import MODEL_TYPE, SETTINGS
+from ..pretrained.arguments import MODEL_TYPE, SETTINGS, brief
 from ..pretrained.hub import MemorizingTransformer
 from .session import UNKNOWN_LENGTH, Session
 
@@ -113,6 +113,15 @@ class SessionCache:
         return torch.cat([logits for logits in parts if logits is not None], 1)
 
 
+UNREAD = "needs to take back tokens that were read, which a memory cannot; leave it out"
+REFUSED = {
+    "assistant_model": UNREAD,
+    "prompt_lookup_num_tokens": UNREAD,
+    "prefill_chunk_size": "is not needed, for a prompt is read in segments; leave it out",
+}
+"""Options of ``generate`` that cannot work, and what would do."""
+
+
 class MemorizingConfig(PreTrainedConfig):
     """What transformers asks of a model before it generates.
 
@@ -184,6 +193,19 @@ class MemorizingForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+    def generate(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        """As ``GenerationMixin.generate``.
+
+        Raises:
+            ConfigError: naming an option that a memory cannot follow.
+        """
+        given = options.get("generation_config")
+        for name, remedy in REFUSED.items():
+            value = options.get(name, getattr(given, name, None))
+            if value is not None:
+                raise ConfigError(name, brief(value), remedy)
+        return super().generate(*args, **options)
 
     def new_cache(self, rows: int) -> SessionCache:
         """A cache of rows that have read nothing."""

@@ -41,6 +41,7 @@ class MemoryBank:
         memories: by layer index, the memories; layers without one just lack an entry. A view is
             only read: commit, reset, saving and loading leave it alone.
         caches: by layer index, the XL caches.
+        needs_tokens: whether who reads it also reads the tokens behind the pairs.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class MemoryBank:
         batch_size: int,
         memories: Mapping[int, Readable] | None = None,
         caches: Mapping[int, XLCache] | None = None,
+        needs_tokens: bool = False,
     ) -> None:
         self.batch_size = batch_size
+        self.needs_tokens = needs_tokens
         self.memories: dict[int, Any] = dict(memories or {})
         self.caches = dict(caches or {})
 
@@ -65,12 +68,19 @@ class MemoryBank:
         Args:
             pairs: what the forward pass of the segment returned.
             mask: (B, N) bool, True at real tokens; padding only at the right. None for all.
-            token_ids: (B, N) the tokens of the segment, kept to explain retrievals later.
+            token_ids: (B, N) the tokens of the segment, which copy heads and biases by match length
+                read, and which explain retrievals later.
             step: the training step, kept to tell how stale a pair is.
 
         Raises:
-            ValueError: where ``pairs`` holds another number of rows.
+            ValueError: where ``pairs`` holds another number of rows, or tokens are needed and not
+                there.
         """
+        if self.needs_tokens and token_ids is None and self._own():
+            raise ValueError(
+                "token_ids = None: this model copies or matches the tokens of its memory; give "
+                "commit the segment's tokens, as in memory.commit(output.pairs, token_ids=inputs)"
+            )
         for keys, _ in (*pairs.memory.values(), *pairs.cache.values()):
             self._check_rows(keys.shape[0])
         for layer, memory in self._own().items():
@@ -94,7 +104,7 @@ class MemoryBank:
         self.memories = dict(views(range(self.batch_size)))
         index = torch.tensor([*rows], dtype=torch.int64)
         caches = {layer: cache.take(index) for layer, cache in self.caches.items()}
-        return MemoryBank(len(rows), shared, caches)
+        return MemoryBank(len(rows), shared, caches, self.needs_tokens)
 
     def own(self) -> None:
         """Copy what is shared, so that it can be written."""

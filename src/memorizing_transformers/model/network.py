@@ -51,7 +51,7 @@ class MemorizingNet(nn.Module):
         *,
         open_segment: OpenSegment | None = None,
     ) -> ModelOutput:
-        """Read a segment and change nothing; ``memory.commit(output.pairs)`` writes.
+        """Read a segment and change nothing; ``memory.commit(output.pairs, token_ids=...)`` writes.
 
         Args:
             input_ids: (B, N) int64.

@@ -166,7 +166,8 @@ class Transformer(MemorizingNet):
                 layer: XLCache(*shape, config.xl_cache, config.head_width, torch.float32, device)
                 for layer in range(config.num_layers)
             }
-        return MemoryBank(batch_size, memories, caches)
+        reads_tokens = bool(config.memory.copy or config.memory.match_length)
+        return MemoryBank(batch_size, memories, caches, reads_tokens)
 
     def forward(
         self,

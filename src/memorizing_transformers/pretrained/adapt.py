@@ -72,18 +72,19 @@ class AdaptedConfig(ModelConfig):
         """``MemorizedModel`` does it."""
 
 
-def load_base(name: str, key: str = "model.base") -> Any:
-    """A decoder of transformers with fp32 weights.
+def load_base(name: str, key: str = "model.base", dtype: torch.dtype = torch.float32) -> Any:
+    """A decoder of transformers.
 
     Args:
         name: folder or hub name.
         key: of the name, for the message.
+        dtype: of its weights.
 
     Raises:
         ConfigError: where there is none of that name or folder.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:
         # A wrong name, no network, other files: transformers raises many types.
         remedy = (

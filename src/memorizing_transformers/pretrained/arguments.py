@@ -104,6 +104,23 @@ def check_options(options: Mapping[str, Any], with_bank: bool) -> None:
         raise ConfigError("position_ids", brief(options["position_ids"]), remedy)
 
 
+def check_window(segment_length: int, window: int, prefix: str) -> None:
+    """Refuse a segment whose last token is at a position that the base was not trained on.
+
+    Args:
+        segment_length: tokens of it.
+        window: tokens that the base was trained on.
+        prefix: of the keys of the model, for the message.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if segment_length > window:
+        key = "data.segment_length" if prefix else "segment_length"
+        remedy = f"must be at most the window of the pretrained model ({window})"
+        raise ConfigError(key, segment_length, remedy)
+
+
 def check_placement(
     memory: MemoryConfig, xl_cache: int, position: str, skip_first: int, prefix: str
 ) -> None:

@@ -50,7 +50,7 @@ def _device_of(device_map: Any) -> torch.device:
     return place
 
 
-def _dtype_of(dtype: Any) -> torch.dtype | None:
+def dtype_of(dtype: Any) -> torch.dtype | None:
     """A dtype by itself or by its name; None for that of the saved weights."""
     if dtype in (None, "auto"):
         return None
@@ -242,7 +242,7 @@ class MemorizingTransformer(
             ConfigError: where nothing is there, what is there does not fit, or an argument is not
                 known.
         """
-        dtype = _dtype_of(kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None))
+        dtype = dtype_of(kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None))
         device_map = kwargs.pop("device_map", None)
         device = None if device_map is None else _device_of(device_map)
         for needless in NEEDLESS:

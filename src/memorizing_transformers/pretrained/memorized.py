@@ -25,7 +25,7 @@ from ..memory import (
 )
 from ..model import MemorizingNet, MemoryConfig, ModelConfig, ModelOutput
 from ..model.reader import MemoryReader
-from .arguments import check_options, check_placement
+from .arguments import check_options, check_placement, check_window
 from .head import OutputHead
 from .hook import LayerHook, attention_modules
 from .keys import check_keys, fingerprint_weights
@@ -75,6 +75,8 @@ class MemorizedModel(MemorizingNet):
             raise ConfigError("memorize", name, remedy)
         self.fingerprint = fingerprint_weights(base.state_dict())
         """Of the base's own weights."""
+        self.base_dtype = next(base.parameters()).dtype
+        """That these had then; with another one their fingerprint is another."""
         self.base_name = str(getattr(base, "name_or_path", ""))
         self.tokenizer: Any = None
         self.base, self.memory_config = base, memory
@@ -196,7 +198,8 @@ class MemorizedModel(MemorizingNet):
 
         Raises:
             ValueError: where ``memory`` holds another number of rows.
-            ConfigError: where padding is not at the right, or an option cannot be used here.
+            ConfigError: where padding is not at the right, an option cannot be used here, or a
+                segment is longer than the base's window.
         """
         check_options(options, memory is not None)
         if memory is None:
@@ -206,6 +209,8 @@ class MemorizedModel(MemorizingNet):
         if memory.batch_size != input_ids.shape[0]:
             rows = input_ids.shape[0]
             raise ValueError(f"a bank of {memory.batch_size} rows got {rows} rows")
+        read = input_ids.shape[1] if open_segment is None else open_segment.length
+        check_window(read, self.window, self.prefix)
         if attention_mask is not None and bool((attention_mask.long().diff() > 0).any()):
             remedy = (
                 "with a memory, padding must be at the right of a row; set "
@@ -258,7 +263,8 @@ class MemorizedModel(MemorizingNet):
         Args:
             folder: where it was written.
             base: the pretrained model, its folder or hub name. Default: the one it was saved with.
-            overrides: ``xl_cache``, and of ``memory`` the run-time settings that differ.
+            overrides: ``xl_cache``, ``dtype`` of the base (default: as it was), and of ``memory``
+                the run-time settings that differ.
 
         Raises:
             ConfigError: where the folder or the base cannot be read, or the base is another one.

@@ -7,10 +7,11 @@ it is.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,7 @@ from ..errors import ConfigError
 from ..model import MemoryConfig
 from .adapt import AdaptConfig, AdaptedConfig, AdaptedModel, load_base
 from .arguments import check_memory, refuse_unknown
-from .hub import TOKENIZER_FOLDER
+from .hub import TOKENIZER_FOLDER, dtype_of
 from .keys import fingerprint_weights
 from .memorized import MemorizedModel
 
@@ -36,6 +37,7 @@ def describe(model: MemorizedModel) -> dict[str, Any]:
     return {
         "base": model.base_name,
         "fingerprint": model.fingerprint,
+        "dtype": str(model.base_dtype).removeprefix("torch."),
         "xl_cache": model.xl_cache,
         "memory": memory,
         "adapt": asdict(adapt),
@@ -48,26 +50,47 @@ def build(settings: dict[str, Any], base: Any = None, **overrides: Any) -> Adapt
     Args:
         settings: as ``describe`` gave them.
         base: the pretrained model, its folder or hub name; None for the one that is named.
-        overrides: ``xl_cache``, and of ``memory`` the run-time settings that differ.
+        overrides: ``xl_cache``, ``dtype`` of the base, and of ``memory`` the run-time settings
+            that differ.
 
     Raises:
         ConfigError: where the base is missing, or has other weights.
     """
     check_memory(overrides.get("memory"))
-    refuse_unknown(overrides, ["base", "xl_cache", "memory"])
+    refuse_unknown(overrides, ["base", "xl_cache", "memory", "dtype"])
     name = settings["base"] if base is None else base
-    loaded = load_base(str(name), "base") if isinstance(name, str | Path) else name
-    memory = {**settings["memory"], **overrides.pop("memory", {})}
+    # Weights in another dtype have another fingerprint.
+    own = dtype_of(settings.get("dtype", "float32"))
+    loaded = load_base(str(name), "base", own) if isinstance(name, str | Path) else name
+    memory = {**settings["memory"], **(overrides.pop("memory", None) or {})}
     xl_cache = overrides.pop("xl_cache", settings["xl_cache"])
     config = AdaptedConfig(xl_cache=xl_cache, memory=MemoryConfig(**memory))
     model = AdaptedModel(loaded, config, AdaptConfig(**settings["adapt"]))
+    wanted = dtype_of(overrides.get("dtype"))
     if model.fingerprint != settings["fingerprint"]:
         remedy = (
             f"has other weights ({model.fingerprint}) than the base of this memory "
             f"({settings['fingerprint']}, {settings['base']}); give that one"
         )
         raise ConfigError("base", str(getattr(loaded, "name_or_path", name)), remedy)
+    if wanted is not None:
+        _cast(model, wanted)
     return model.eval()
+
+
+def _cast(model: MemorizedModel, dtype: torch.dtype) -> None:
+    """Give the base's parameters another dtype; rotary frequencies and the memory stay in fp32."""
+    for name, parameter in model.base.named_parameters():
+        if ".memory_reader." not in name:
+            parameter.data = parameter.data.to(dtype)
+    model.base_dtype = dtype
+    model.fingerprint = _fingerprint(model)
+
+
+def _fingerprint(model: MemorizedModel) -> str:
+    """Of the base's own weights, as they are now."""
+    own = {n: x for n, x in model.base.state_dict().items() if ".memory_reader." not in n}
+    return fingerprint_weights(own)
 
 
 def save_memorized(model: MemorizedModel, folder: str | Path) -> None:
@@ -100,8 +123,7 @@ def save_memorized(model: MemorizedModel, folder: str | Path) -> None:
 
 def _refuse_trained(model: MemorizedModel) -> None:
     """Refuse to leave out weights that no other place holds."""
-    own = {n: x for n, x in model.base.state_dict().items() if ".memory_reader." not in n}
-    if fingerprint_weights(own) != model.fingerprint:
+    if _fingerprint(model) != model.fingerprint:
         remedy = (
             "has other weights than when it got its memory, and they are not saved with it; write "
             "them with base.save_pretrained, and memorize what is loaded from there"
@@ -115,7 +137,8 @@ def load_memorized(folder: str | Path, base: Any = None, **overrides: Any) -> Ad
     Args:
         folder: where it was written.
         base: the pretrained model, its folder or hub name. Default: the one it was trained with.
-        overrides: ``xl_cache``, and of ``memory`` the run-time settings that differ.
+        overrides: ``xl_cache``, ``dtype`` of the base (default: as it was), and of ``memory`` the
+            run-time settings that differ.
 
     Raises:
         ConfigError: where the folder or the base cannot be read, or the base is another one.
@@ -124,9 +147,15 @@ def load_memorized(folder: str | Path, base: Any = None, **overrides: Any) -> Ad
     try:
         settings = json.loads((path / SETTINGS).read_text("utf-8"))
         weights = load_file(path / WEIGHTS)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{SETTINGS} holds no settings")
         missing = {"base", "fingerprint", "xl_cache", "memory", "adapt"} - {*settings}
         if missing:
             raise ValueError(f"{SETTINGS} lacks {', '.join(sorted(missing))}")
+        if not isinstance(settings["memory"], dict) or not isinstance(settings["adapt"], dict):
+            raise ValueError(f"memory and adapt of {SETTINGS} must be settings")
+        check_memory(settings["memory"])
+        refuse_unknown(settings["adapt"], [f.name for f in fields(AdaptConfig)], "adapt.")
     except (OSError, ValueError, SafetensorError) as error:
         remedy = f"is no folder of a memorized model ({first_line(error)})"
         raise ConfigError("folder", str(folder), remedy) from error

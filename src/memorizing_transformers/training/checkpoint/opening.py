@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...generation.causal_lm import MemorizingForCausalLM
 from ...generation.session import UNKNOWN_LENGTH
 from ...pretrained.adapt import load_base
-from ...pretrained.arguments import MODEL_TYPE
+from ...pretrained.arguments import MODEL_TYPE, check_window
 from ...pretrained.hub import MemorizingTransformer
 from ...pretrained.induction import induction_layers
 from ...pretrained.memorize import memorize
@@ -122,14 +122,20 @@ def open_for_use(
         if isinstance(base, MemorizingForCausalLM):  # of the hub, by its name
             model = MemorizingTransformer.from_pretrained(name, **sizes)
             return model, choose_segment(segment_length, {}, base.config.segment_length)
+        window = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        length = min(FOR_PRETRAINED["segment_length"], window)
+        length = choose_segment(segment_length, {}, length)
+        check_window(length, window, "")
         layers = induction_layers(base, show=False)
-        length = choose_segment(segment_length, {}, FOR_PRETRAINED["segment_length"])
         size = FOR_PRETRAINED["size"] if memory_size is None else memory_size
         memory = {"size": size, "search": "bucketed"}
         model = memorize(base, memory, layers, xl_cache=length).eval()
         model.tokenizer = load_tokenizer(name)
         return model, length
-    length = choose_segment(segment_length, manifest, model.config.xl_cache or UNKNOWN_LENGTH)
+    window = getattr(model, "window", 2**31)
+    known = model.config.xl_cache or min(UNKNOWN_LENGTH, window)
+    length = choose_segment(segment_length, manifest, known)
+    check_window(length, window, "")
     return model, length
 
 
