@@ -194,7 +194,7 @@ class MemorizingForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def generate(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+    def generate(self, *args: Any, **options: Any) -> Any:
         """As ``GenerationMixin.generate``.
 
         Raises:
@@ -205,7 +205,7 @@ class MemorizingForCausalLM(PreTrainedModel, GenerationMixin):
             value = options.get(name, getattr(given, name, None))
             if value is not None:
                 raise ConfigError(name, brief(value), remedy)
-        return super().generate(*args, **options)
+        return super().generate(*args, **options)  # type: ignore[misc]
 
     def new_cache(self, rows: int) -> SessionCache:
         """A cache of rows that have read nothing."""

@@ -60,7 +60,7 @@ def build(settings: dict[str, Any], base: Any = None, **overrides: Any) -> Adapt
     refuse_unknown(overrides, ["base", "xl_cache", "memory", "dtype"])
     name = settings["base"] if base is None else base
     # Weights in another dtype have another fingerprint.
-    own = dtype_of(settings.get("dtype", "float32"))
+    own = dtype_of(settings.get("dtype")) or torch.float32
     loaded = load_base(str(name), "base", own) if isinstance(name, str | Path) else name
     memory = {**settings["memory"], **(overrides.pop("memory", None) or {})}
     xl_cache = overrides.pop("xl_cache", settings["xl_cache"])
