@@ -141,7 +141,8 @@ def serve(
         idle_minutes: Minutes after which a conversation that nobody uses ends.
         segment_length: Tokens that are read at once. Default: as in training, else the length of
             the XL cache, else 512.
-        memory_size: Slots of each memory. Default: as in training.
+        memory_size: Slots of each memory, which keep the newest pairs; 0 = nothing is remembered.
+            Default: as in training, and for files of memory as they were written.
         device: Where to compute. Default: a GPU where there is one.
     """
     from memorizing_transformers.errors import ConfigError

@@ -180,3 +180,27 @@ def test_one_memory_alone_is_as_it_was(tmp_path: Path) -> None:
     session, found = join([load(path, model, "words")[0]], ["a"], 60)
     assert found == passages(load(path, model, "words")[0], "a")
     assert torch.equal(answer(session), expected)
+
+
+@pytest.mark.parametrize("size", [0, 5, 12, 99])
+def test_the_slots_that_were_asked_for_hold_the_newest_pairs(tmp_path: Path, size: int) -> None:
+    """Nothing that is kept depends on what the last layer reads, so reading anew is the same."""
+    model = small_model(size=30, xl_cache=5).eval()
+    anew = Session(model, 1, N, model.new_memory(1, size=size))
+    reader = Session(model, 1, N)
+    for session in (reader, anew):
+        session.read(text(1, 5 * N + 2))
+    save(reader, tmp_path / "a", "a", "words")
+    loaded, _ = load(tmp_path / "a", model, "words", size=size)
+    assert [m.size for m in loaded.bank.memories.values()] == [size] * bool(size)
+    if size <= 30:
+        assert torch.equal(answer(loaded), answer(anew))
+    # Of several files too, the last ones of which are the newest.
+    sessions = [load(tmp_path / "a", model, "words", True, size)[0] for _ in "ab"]
+    joined, _ = join(sessions, ["a", "b"], 30, size)
+    held = [int(m.fill[0]) for m in joined.bank.memories.values()]
+    assert held == [min(size, 10 * N + 4)] * bool(size)
+    if size in (5, 12):
+        own = sessions[1].bank.memories[1]
+        assert {*joined.bank.memories[1].token_ids[0].tolist()} <= {*own.token_ids[0].tolist()}
+    joined.read(text(1, 3))

@@ -67,6 +67,9 @@ def test_a_remembered_document_answers_as_one_that_is_read(
         answers.append(command(*common, "--memory", memory))
     assert len({*answers}) == 1
     assert answers[0].startswith("Ana M")
+    common = ["generate", "--model", export, *ask, "--sources", "--memory", memory]
+    assert "ana.txt" in command(*common)
+    assert "ana.txt" not in command(*common, "--memory_size", 0)
     common = ["generate", "--model", export, *ask]
     assert command(*common, "--memory", tmp_path) == answers[0]  # a folder of one
     assert command(*common, "--memory", memory, "--seed", 1) != answers[0]
@@ -122,6 +125,13 @@ def test_a_pretrained_model_is_given_a_memory(
         command(*ask, "--document", document),
     }
     assert len(answers) == 1
+    long = ["generate", *model[:2], "--prompt", "Ana", "--segment_length", 4096]
+    assert "segment_length = 4096" in command.error(*long)
+    # What follows a file with another XL cache would not be what follows the document.
+    command("remember", *model, "--document", document, "--index", tmp_path / "all")
+    for memory in ("a.memory", "all"):
+        other = ["generate", *model[:2], "--prompt", "Ana", "--memory", tmp_path / memory]
+        assert "--segment_length 32" in command.error(*other)
 
 
 def test_every_mistake_is_told_in_one_line(
@@ -135,7 +145,13 @@ def test_every_mistake_is_told_in_one_line(
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "none").mkdir()
     (tmp_path / "bad.memory").write_bytes(memory.read_bytes()[:-9])
+    # What cannot be written is found before the document is read.
+    unread = [*read, "--document", tmp_path / "nowhere"]
     for args, named in (
+        ([*unread, "--out", tmp_path], "out = "),
+        ([*unread, "--out", "."], "out = "),
+        ([*unread, "--out", memory / "a.memory"], "out = "),
+        ([*unread, "--out", memory, "--capacity", 9], "capacity = 9"),
         ([*read, "--document", tmp_path / "nowhere", "--out", memory], "document = "),
         ([*read, "--document", tmp_path / "latin", "--out", memory], "document = "),
         ([*read, "--document", tmp_path / "empty", "--out", memory], "document = "),
@@ -157,6 +173,10 @@ def test_every_mistake_is_told_in_one_line(
         ([*ask, "--top_p", 2], "top_p = "),
         ([*ask, "--top_k", -1], "top_k = "),
         ([*ask, "--repetition_penalty", 0], "repetition_penalty = "),
+        ([*ask, "--seed", -1], "seed = -1"),
+        ([*ask, "--seed", 2**32], "seed = "),
+        ([*ask, "--stop", "a", ""], "stop = "),
+        ([*ask, "--memory_size", 1], "memory_size = 1"),
         ([*ask, "--nonsense", 1], "nonsense"),
     ):
         assert named in command.error(*args), args

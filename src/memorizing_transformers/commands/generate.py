@@ -43,7 +43,8 @@ def generate(
         sources: Show for each token the passages that it was predicted from.
         segment_length: Tokens that are read at once. Default: as in training, else the length of
             the XL cache, else 512.
-        memory_size: Slots of each memory. Default: as in training.
+        memory_size: Slots of each memory, which keep the newest pairs; 0 = nothing is remembered.
+            Default: as in training, and for files of memory as they were written.
         device: Where to compute. Default: a GPU where there is one.
     """
     from transformers import TextStreamer, set_seed
@@ -58,9 +59,14 @@ def generate(
         ("max_new_tokens", max_new_tokens, 1),
         ("temperature", temperature, 0),
         ("top_k", top_k, 0),
+        ("seed", seed, 0),
     ):
         if not value >= least:
             raise ConfigError(name, value, f"must be at least {least}")
+    if seed >= 2**32:
+        raise ConfigError("seed", seed, "must be below 2**32")
+    if stop is not None and not all(stop):
+        raise ConfigError("stop", " ".join(stop), "holds an empty text; leave it out")
     if not 0 < top_p <= 1:
         raise ConfigError("top_p", top_p, "must lie above 0 and be at most 1")
     if not repetition_penalty > 0:

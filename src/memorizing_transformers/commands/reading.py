@@ -30,10 +30,12 @@ class Reader:
     Args:
         model: in evaluation mode.
         segment_length: tokens of a segment.
+        memory_size: slots of each memory that were asked for; None for the model's own.
     """
 
     model: AnyModel
     segment_length: int
+    memory_size: int | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -146,12 +148,13 @@ class Reader:
             if not inside:
                 raise ConfigError("memory", file, f"holds no file that ends in {SUFFIX}")
             paths += inside
-        sessions, names = [], []
+        sessions, names, size = [], [], self.memory_size
+        several = len(paths) > 1
         for path in tqdm(paths, desc="memories", file=sys.stderr, disable=None):
-            session, name = load(path, self.model, self.fingerprint, to_join=len(paths) > 1)
+            session, name = load(path, self.model, self.fingerprint, several, size)
             sessions.append(session)
             names.append(name)
-        return join(sessions, names, self.model.config.memory.size)
+        return join(sessions, names, self.model.config.memory.size, size)
 
 
 def open_reader(
@@ -168,6 +171,12 @@ def open_reader(
     Raises:
         ConfigError: where one of them cannot work.
     """
-    opened, segment = open_for_use(model, segment_length, memory_size)
+    try:
+        opened, segment = open_for_use(model, segment_length, memory_size)
+    except ConfigError as error:
+        if memory_size and error.key.endswith("memory.top_k"):
+            remedy = f"must be 0, or at least the pairs that a query retrieves ({error.value})"
+            raise ConfigError("memory_size", memory_size, remedy) from error
+        raise
     place(opened, device)
-    return Reader(opened, segment)
+    return Reader(opened, segment, memory_size)

@@ -28,14 +28,15 @@ def remember(
         out: The file to write; its name should end in .memory.
         index: A folder that collects very many documents, in the place of out: the document is
             added to it. generate and serve take the folder as memory.
-        capacity: Pairs of each memory that a new index has room for, one a token. Default: 4194304.
+        capacity: Pairs of each memory that a new index has room for, one a token; only with index.
+            Default: 4194304.
         segment_length: Tokens that are read at once. Default: as in training, else the length of
             the XL cache, else 512.
         memory_size: Slots of each memory. Default: as in training.
         device: Where to compute. Default: a GPU where there is one.
     """
     from ..errors import ConfigError
-    from ..generation.remembered import save
+    from ..generation.remembered import check_out, save
     from ..generation.session import Session
     from .reading import open_reader
 
@@ -43,6 +44,10 @@ def remember(
         raise ConfigError("out", out, "give a file to write, or --index and a folder")
     if capacity is not None and capacity < 1:
         raise ConfigError("capacity", capacity, "must be at least 1")
+    if capacity is not None and index is None:
+        raise ConfigError("capacity", capacity, "is of a new --index; leave it out")
+    if out is not None:
+        check_out(Path(out))
     reader = open_reader(model, segment_length, memory_size, device)
     if index is not None:
         reader.add_to(Path(index), document, segment_length, memory_size, capacity)

@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..memory import Memory, mapped
 from ..memory.search.indexed import IndexedSearch, PairIndex
 from ..model import MemorizingNet
-from .remembered import Passage, identity
+from .remembered import Passage, check_cache, identity
 from .session import Session
 
 HEADER = "library.json"
@@ -54,6 +54,8 @@ class Catalogue:
     """Of all documents."""
     documents: list[list[Any]] = field(default_factory=list)
     """Name, position of the first token in the library, and tokens of each."""
+    xl_cache: int | None = None
+    """Tokens of the XL cache that its documents were read with; None where nobody noted it."""
     format: int = FORMAT
 
 
@@ -89,6 +91,8 @@ class Library:
                     f"({value}); give that one, or begin another library"
                 )
                 raise ConfigError("index", str(folder), remedy)
+        if known.xl_cache is not None:
+            check_cache(model, known.xl_cache, "index", folder)
 
     @classmethod
     def create(
@@ -103,7 +107,8 @@ class Library:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError("index", str(folder), "holds other things; give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        catalogue = Catalogue(identity(model), tokenizer, segment_length, capacity)
+        facts = (identity(model), tokenizer, segment_length, capacity)
+        catalogue = Catalogue(*facts, xl_cache=getattr(model, "xl_cache", None))
         _write(folder, catalogue)
         return cls(folder, model, tokenizer)
 

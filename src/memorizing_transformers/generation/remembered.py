@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from ..memory import Memory, MemoryBank
 from ..model import MemorizingNet
 from ..pretrained.keys import fingerprint_weights
+from ..pretrained.memorized import MemorizedModel
 from .session import Session
 
 FORMAT = 1
@@ -84,6 +85,20 @@ def filled(bank: MemoryBank) -> dict[str, Tensor]:
     return found
 
 
+def check_out(path: Path) -> None:
+    """Refuse a file that cannot be written, before a document is read for it.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if path.is_dir():
+        raise ConfigError("out", str(path), "is a folder; give a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        remedy = f"cannot be written, for {above} is no folder that can; give another file"
+        raise ConfigError("out", str(path), remedy)
+
+
 def save(session: Session, path: str | Path, name: str, tokenizer: str) -> None:
     """Write what a session of one row has read; the file is complete as soon as it is there.
 
@@ -139,7 +154,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load(
-    path: str | Path, model: MemorizingNet, tokenizer: str, to_join: bool = False
+    path: str | Path,
+    model: MemorizingNet,
+    tokenizer: str,
+    to_join: bool = False,
+    size: int | None = None,
 ) -> tuple[Session, str]:
     """A session that continues where ``save`` left it, and the name of its document.
 
@@ -148,9 +167,11 @@ def load(
         model: the network that read the document.
         tokenizer: fingerprint of the tokenizer.
         to_join: whether its memories need no room but for the open segment.
+        size: slots of each memory, which keeps the newest pairs; 0 for none. Default: as many as
+            the one had that was saved.
 
     Raises:
-        ConfigError: where the file is damaged, or of another model or tokenizer.
+        ConfigError: where the file is damaged, or of another model, XL cache or tokenizer.
     """
     path = Path(path)
     tensors, header = _read(path)
@@ -165,7 +186,9 @@ def load(
                 "that one, or remember the document again"
             )
             raise ConfigError("memory", str(path), remedy)
-    size = max([int(slots) for slots in header["slots"].values()], default=0)
+    check_cache(model, _cached(tensors), "memory", path)
+    if size is None:
+        size = max([int(slots) for slots in header["slots"].values()], default=0)
     if to_join:
         stores = [x for name, x in tensors.items() if name.startswith("memory.")]
         filled = [x.shape[2] for x in stores if x.ndim == 4]
@@ -180,6 +203,35 @@ def load(
     return session, header["document"]
 
 
+def _cached(tensors: dict[str, Tensor]) -> int:
+    """Tokens of the XL caches among the tensors of a bank; 0 for none."""
+    caches = [x for name, x in tensors.items() if name.startswith("cache.")]
+    return max([x.shape[2] for x in caches if x.ndim == 4], default=0)
+
+
+def check_cache(model: MemorizingNet, cached: int, key: str, path: Path) -> None:
+    """Refuse what a pretrained model read with another XL cache: reading on would differ.
+
+    A command gives such a model a cache as long as its segments, whatever the file was read with.
+
+    Args:
+        model: that is to read on; one of our own has the cache that it was trained with.
+        cached: tokens of the XL cache that the document was read with.
+        key: of the path, for the message.
+        path: of the file or folder.
+
+    Raises:
+        ConfigError: naming both lengths.
+    """
+    if isinstance(model, MemorizedModel) and model.xl_cache != cached:
+        own = model.xl_cache
+        remedy = (
+            f"was read with an XL cache of {cached} tokens, and this model has one of {own}; give "
+            f"--segment_length {cached} or xl_cache={cached}, or remember the document again"
+        )
+        raise ConfigError(key, str(path), remedy)
+
+
 def passages(session: Session, name: str) -> list[Passage]:
     """What the memory of a session holds of the one document that it has read."""
     begin = 0
@@ -190,7 +242,7 @@ def passages(session: Session, name: str) -> list[Passage]:
 
 
 def join(
-    sessions: Sequence[Session], names: Sequence[str], room: int
+    sessions: Sequence[Session], names: Sequence[str], room: int, size: int | None = None
 ) -> tuple[Session, list[Passage]]:
     """One session whose memory holds those of all, one after the other.
 
@@ -201,6 +253,7 @@ def join(
         sessions: of one row each, of one model; the tokens of their open segments are written.
         names: of their documents.
         room: slots for the text that follows.
+        size: slots in all, which keep the newest pairs. Default: for all pairs and the text.
     """
     first = sessions[0]
     model, length = first.model, max(session.segment_length for session in sessions)
@@ -212,13 +265,13 @@ def join(
     layers = [*first.bank.memories]
     used = {n: [int(s.bank.memories[n].used[0]) for s in sessions] for n in layers}
     total = max((sum(counts) for counts in used.values()), default=0)
-    bank = model.new_memory(1, size=total + room)
+    bank = model.new_memory(1, size=total + room if size is None else size)
     joined: list[Passage] = []
     start = 0
     for passage in own:
         joined.append(replace(passage, first=start))
         start += passage.count
-    for layer in layers:
+    for layer in bank.memories:
         parts = [in_order(session.bank.memories[layer]) for session in sessions]
         tensors = {
             name: torch.cat([part[name] for part in parts], 2 if parts[0][name].ndim > 2 else 1)
