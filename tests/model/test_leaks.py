@@ -123,7 +123,7 @@ def test_a_segment_retrieves_only_what_was_committed_before_it(variant: dict[str
             assert (retrieved < number * SEGMENT).all()
             assert (retrieved >= number * SEGMENT - bank.memories[layer].size).all()
         assert bool(output.retrievals[1].valid.any()) == (number > 0)
-        bank.commit(output.pairs)
+        bank.commit(output.pairs, token_ids=ids)
 
 
 @variants
@@ -155,7 +155,7 @@ def test_padding_changes_nothing_and_is_not_committed(variant: dict[str, Any]) -
         logits = []
         for number, segment in enumerate(ids.split(SEGMENT, dim=1)):
             output = model(segment, bank)
-            bank.commit(output.pairs, mask if number == 1 else None)
+            bank.commit(output.pairs, mask if number == 1 else None, segment)
             logits.append(output.logits)
         results.append(torch.stack(logits))
         banks.append(bank)
