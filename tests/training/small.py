@@ -287,7 +287,7 @@ def by_hand(net: Transformer, store: TokenStore, size: int | None = None) -> dic
         for ids, expected in zip(inputs.split(SEGMENT, 1), targets.split(SEGMENT, 1), strict=True):
             with torch.no_grad():
                 output = net(ids, bank)
-            bank.commit(output.pairs)
+            bank.commit(output.pairs, token_ids=ids)
             logs = output.logits.double().log_softmax(-1)
             nll -= logs.gather(-1, expected[..., None]).sum().item()
             hits += int((output.logits.argmax(-1) == expected).sum())
