@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -48,8 +47,8 @@ def test_a_model_that_has_searched_can_be_saved_whole(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = settings.get("search", "exact")
-    if search.startswith("faiss") and find_spec("faiss") is None:
-        pytest.skip("faiss is not installed")
+    if search.startswith("faiss"):
+        pytest.importorskip("faiss")
     for name in ("LEAST_SLOTS", "LEAST_QUERIES", "LEAST_SCORES", "KEYS_FIND"):
         monkeypatch.setattr(cells, name, 0)
     model = small_model(size=SIZE, **settings)

@@ -80,11 +80,13 @@ class PenaltyOfAll(LogitsProcessor):
     """
 
     def __init__(self, read: Sequence[int], penalty: float) -> None:
-        self.read, self.penalty = [*read], RepetitionPenaltyLogitsProcessor(penalty)
+        self.read = torch.tensor([[*read]], dtype=torch.int64)
+        self.penalty = RepetitionPenaltyLogitsProcessor(penalty)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, V) after tokens (B, N)."""
-        before = input_ids.new_tensor(self.read).expand(input_ids.shape[0], -1)
+        self.read = self.read.to(input_ids.device)
+        before = self.read.expand(input_ids.shape[0], -1)
         penalised: torch.Tensor = self.penalty(torch.cat([before, input_ids], 1), scores)
         return penalised
 
@@ -136,7 +138,9 @@ def answer(
     drawn: dict[str, Any] = {"do_sample": False}
     if options["temperature"]:
         drawn = {"do_sample": True, **{k: options[k] for k in ("temperature", "top_p", "top_k")}}
-    penalty = PenaltyOfAll(ids[: len(ids) - len(unread)], options["repetition_penalty"])
+    processors, penalty = LogitsProcessorList(), options["repetition_penalty"]
+    if penalty != 1:
+        processors.append(PenaltyOfAll(ids[: len(ids) - len(unread)], penalty))
     device = next(reader.model.parameters()).device
     made: list[int] = []
     failures: list[Exception] = []
@@ -150,7 +154,7 @@ def answer(
                 past_key_values=cache,
                 max_new_tokens=most,
                 repetition_penalty=1.0,
-                logits_processor=LogitsProcessorList([penalty]),
+                logits_processor=processors,
                 stop_strings=options["stop"] or None,
                 tokenizer=tokenizer,
                 streamer=streamer,

@@ -46,7 +46,7 @@ def check_layers(layers: Any, key: str, unset: str | None) -> None:
     Raises:
         ConfigError: naming it.
     """
-    if layers is unset or layers == unset:
+    if layers == unset:
         return
     # A set has no order, and a text is a sequence of texts.
     whole = isinstance(layers, Sequence) and not isinstance(layers, str)

@@ -255,7 +255,7 @@ class MemorizingLM(HostSide):
         return loss
 
     def log_training(self, batch: Batch, output: ModelOutput, nll: Tensor) -> None:
-        """Log metrics of an optimiser step's batches so far, of all ranks, where it logs."""
+        """On a logging step, log the metrics of its batches so far, over all ranks."""
         if not self.logs_now():
             return
         if not self._accumulating:
