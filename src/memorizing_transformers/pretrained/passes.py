@@ -19,9 +19,6 @@ from .hook import LayerHook
 from .rotation import RotaryCalls
 from .segment import Segment
 
-RECOMPUTERS = {"_gradient_checkpointing_func", "checkpoint_fn"}
-"""Attributes of modules that compute a layer again: transformers' own, and of torch's wrapper."""
-
 
 class Passes:
     """The forward passes of a base that read a bank.
@@ -47,10 +44,17 @@ class Passes:
         with ExitStack() as stack:
             # Without gradients nothing is computed again, and generation need not look for it.
             for module in self.base.modules() if torch.is_grad_enabled() else ():
-                for name in RECOMPUTERS & vars(module).keys():
-                    function = vars(module)[name]
-                    setattr(module, name, self._bound(function, segment, layers, calls))
-                    stack.callback(setattr, module, name, function)
+                # What computes a layer again: transformers' own, and torch's wrapper.
+                found = {
+                    "_gradient_checkpointing_func": getattr(
+                        module, "_gradient_checkpointing_func", None
+                    ),
+                    "checkpoint_fn": getattr(module, "checkpoint_fn", None),
+                }
+                for name, function in found.items():
+                    if function is not None:
+                        setattr(module, name, self._bound(function, segment, layers, calls))
+                        stack.callback(setattr, module, name, function)
             stack.enter_context(self._held(segment, layers, calls))
             yield
 
