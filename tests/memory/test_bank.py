@@ -53,6 +53,36 @@ def test_commit_leaves_padding_out_of_memory_and_cache() -> None:
     assert [cache.length.tolist() for cache in bank.caches.values()] == [[2, 0], [2, 0]]
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"mask": torch.ones(ROWS, 4, dtype=torch.bool)}, r"mask of shape \(2, 4\)"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, "mask of shape"),
+        ({"mask": torch.tensor([[1] * 5, [0, 1, 1, 1, 1]]).bool()}, "mask: padding"),
+        ({"mask": torch.tensor([[1] * 5, [1, 0, 1, 1, 0]])}, "mask: padding"),
+        ({"token_ids": torch.zeros(ROWS, 4, dtype=torch.int64)}, "token_ids of shape"),
+    ],
+    ids=["short", "flat", "left", "hole", "tokens"],
+)
+def test_a_commit_of_other_tokens_than_the_segments_writes_nothing(
+    given: dict[str, torch.Tensor], named: str
+) -> None:
+    bank = make_bank()
+    with pytest.raises(ValueError, match=named):
+        bank.commit(segment(), **given)
+    assert not bank.memories[1].fill.any()
+    assert not any(cache.length.any() for cache in bank.caches.values())
+
+
+def test_a_mask_of_transformers_is_one_of_numbers() -> None:
+    pairs, banks = segment(), (make_bank(), make_bank())
+    numbers = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    banks[0].commit(pairs, mask=numbers)
+    banks[1].commit(pairs, mask=numbers.bool())
+    one, other = (bank.memories[1].tensors() for bank in banks)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_reset_forgets_the_flagged_rows_everywhere() -> None:
     bank = make_bank()
     bank.commit(segment())

@@ -145,6 +145,22 @@ def test_probabilities_sum_to_one_and_move_toward_what_is_copied(source: str) ->
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("source", COPY_NAMES)
+def test_odds_that_no_float_holds_give_numbers(source: str) -> None:
+    model = small_model(size=64, copy=[source])
+    with torch.no_grad():
+        model.copy_head.sources[source].log_odds.fill_(200.0)
+    bank, first = model.new_memory(2), random_tokens(2, 8)
+    bank.commit(model(first, bank).pairs, None, first)
+    targets = first.roll(-1, 1)
+    output = model.score(first, bank, targets)
+    output.nll.sum().backward()
+    assert output.nll.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    logits = model(first, bank).logits
+    torch.testing.assert_close(model.loss(logits, targets, reduction="none"), output.nll)
+
+
 def test_the_loss_teaches_queries_what_to_copy() -> None:
     """Though the gate is shut, so that no gradient comes through the layer's output."""
     model = small_model(combine="fixed", fixed_value=0.0, copy=["neighbours"])

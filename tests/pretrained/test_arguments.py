@@ -69,7 +69,7 @@ def test_a_segment_is_at_most_as_long_as_the_window() -> None:
     with pytest.raises(ConfigError, match=r"^segment_length = 17: .*\(16\)"):
         model(ids, model.new_memory(1))
     with pytest.raises(ConfigError, match=r"^segment_length = 17: "):
-        Session(model, 1, 17).read(ids[:, :1])
+        Session(model, 1, 17)
 
 
 def test_a_small_window_is_the_segment_of_a_model_that_had_no_memory(tmp_path: Path) -> None:

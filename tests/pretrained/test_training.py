@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from base_runs import KINDS, data_of, fit, module_of, trainer_of
+from lightning.pytorch.callbacks import LambdaCallback
 
 from memorizing_transformers.errors import ConfigError, UserError
-from memorizing_transformers.pretrained.adapt import AdaptedModel
+from memorizing_transformers.pretrained.adapt import AdaptedModel, load_base
 from memorizing_transformers.training.checkpoint.folder import open_checkpoint
 
 
@@ -107,6 +108,16 @@ def test_data_with_another_tokenizer_are_refused(home: Path) -> None:
     data = data_of(home, tokenizer="bytes")
     with pytest.raises(ConfigError, match=r"data\.tokenizer.*model\.base"):
         trainer_of().test(module_of(home), data, verbose=False)
+
+
+def test_segments_beyond_the_window_are_refused_before_any_is_read(home: Path) -> None:
+    started: list[bool] = []
+    seen = LambdaCallback(on_fit_start=lambda *_: started.append(True))
+    window = load_base(str(home / "base")).config.max_position_embeddings
+    data = data_of(home, segment_length=window + 1)
+    with pytest.raises(ConfigError, match=rf"data\.segment_length = {window + 1}: .*\({window}\)"):
+        trainer_of(seen).fit(module_of(home), data)
+    assert not started
 
 
 def test_a_base_is_made_on_the_cpu_wherever_lightning_builds(home: Path) -> None:

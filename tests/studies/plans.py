@@ -12,7 +12,7 @@ import yaml
 VARIANTS: list[dict[str, Any]] = [
     {"name": "no-memory", "overrides": {"model.memory.layers": []}},
     {"name": "larger", "overrides": {"model.memory.size": 64}, "run": "evaluate"},
-    {"name": "broken", "overrides": {"model.qk_norm": False}, "run": "evaluate"},
+    {"name": "broken", "overrides": {"data.tokenizer": "bpe"}, "run": "evaluate"},
     {
         "name": "retrofit",
         "overrides": {"model.memory.layers": [-1]},

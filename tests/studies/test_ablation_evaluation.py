@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memorizing_studies.ablation.evaluation import (
-    PART_OF_READER,
-    MeasuredSearch,
-    load_weights,
-)
+from memorizing_studies.ablation.evaluation import MeasuredSearch
+from memorizing_studies.ablation.taken_weights import PART_OF_READER, load_weights
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.memory import Memory, Neighbours
 from memorizing_transformers.memory.search.exact import ExactSearch

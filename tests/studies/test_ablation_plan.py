@@ -194,6 +194,31 @@ def test_a_budget_of_minutes_limits_the_time(base: Path, tmp_path: Path) -> None
     assert check(loaded)["small"]["trainer.max_time"] == "00:01:30:30"
 
 
+@pytest.mark.parametrize(
+    ("change", "run", "said"),
+    [
+        ({"model.memory.combine": "joint-bias"}, "evaluate", "'joint-bias' (there: 'evidence')"),
+        ({"model.value_residual": True}, "evaluate", "lacks "),
+        ({"model.d_model": 48}, "train", "another shape of"),
+        ({"model.memory.copy": ["repeats"]}, "evaluate", "lacks"),
+    ],
+    ids=["meaning", "base", "shape", "copies"],
+)
+def test_weights_that_a_variant_cannot_take_over_are_named_before_any_training(
+    base: Path, tmp_path: Path, change: dict[str, Any], run: str, said: str
+) -> None:
+    first = {"name": "first", "overrides": {"model.memory.combine": "evidence"}}
+    variants = [first, {"name": "x", "from": "first", "overrides": change, "run": run}]
+    plan = load_plan(write(tmp_path / "plan.yaml", base, variants=variants))
+    with pytest.raises(UserError) as caught:
+        check(plan)
+    assert str(caught.value).startswith("variants.x.from: ")
+    assert said in str(caught.value)
+    # What trains keeps its start where the base has no such weights.
+    variants[1].update(run="train", overrides={"model.memory.copy": ["repeats"]})
+    check(load_plan(write(tmp_path / "plan.yaml", base, variants=variants)))
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_variants_build_and_change_only_their_overrides(
     path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,105 +12,16 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from memorizing_transformers.data.batch import IGNORE_INDEX, Batch
-from memorizing_transformers.errors import UserError
 from memorizing_transformers.memory import Memory, Neighbours, Search
 from memorizing_transformers.memory.search.recall import measured_recall
-from memorizing_transformers.model import MemorizingNet, ModelConfig
-from memorizing_transformers.model.renamed import with_current_names
 from memorizing_transformers.training.callbacks.timing import TimedSearch, wait_for
-from memorizing_transformers.training.checkpoint.export import TOKENIZER_KEY, is_packed
-from memorizing_transformers.training.checkpoint.folder import open_checkpoint
-from memorizing_transformers.training.checkpoint.resume import ARCHITECTURE_KEY
-from memorizing_transformers.training.optimizers import is_of_memory
 
-PART_OF_READER = {
-    "combine": "gate",
-    "position_bias": "bias",
-    "bias_buckets": "bias",
-    "bias_max_distance": "bias",
-    "match_length": "match",
-}
-"""By setting of the memory, the part of a reader whose weights mean something else under another
-value, though names and shapes may be the same."""
-ONLY_WITH = {"bias_buckets": ("t5", "learned-absolute"), "bias_max_distance": ("t5",)}
-"""By setting, the position biases that it changes."""
+from .taken_weights import load_weights
 
 RECALL_EVERY = 16
 """Recall is measured at one of 16 searches of a layer."""
 RECALL_QUERIES = 16
 """The number of queries per row and key/value head whose recall is measured."""
-
-
-def _of_another_meaning(
-    names: Iterable[str], saved: dict[str, Any], ours: dict[str, Any]
-) -> dict[str, list[str]]:
-    """By setting that differs, the names of the weights that it gives another meaning.
-
-    Args:
-        names: of weights.
-        saved: the architecture that they had; a setting that came later had its default.
-        ours: the architecture of the network.
-    """
-    saved = {**ModelConfig().architecture(), **saved}
-    found = {}
-    for setting, part in PART_OF_READER.items():
-        key = f"memory.{setting}"
-        kind = ours.get("memory.position_bias")
-        changes = kind in ONLY_WITH.get(setting, (kind,)) and saved[key] != ours.get(key)
-        belongs = re.compile(rf"\.(memory_)?reader\.{part}\.")
-        of_part = [name for name in names if changes and belongs.search(name)]
-        if of_part:
-            found[f"model.{key} = {ours.get(key)!r} (there: {saved[key]!r})"] = of_part
-    return found
-
-
-def load_weights(
-    net: MemorizingNet, folder: Path, fresh_memory: bool, tokenizer: Any = None
-) -> None:
-    """Put a checkpoint's weights into a network, which may differ in its memory layers.
-
-    Gates, biases of retrieved pairs and parts of a copy head that the network lacks are left out.
-
-    Args:
-        net: the network.
-        folder: the checkpoint.
-        fresh_memory: whether the memory's parameters that the checkpoint lacks, or that mean
-            something else there, may keep their start.
-        tokenizer: that of the data; None not to compare it with the checkpoint's.
-
-    Raises:
-        UserError: naming the weights that do not fit or the settings that give them another
-            meaning, or because the token ids mean other text.
-    """
-    checkpoint = open_checkpoint(folder)
-    packed = checkpoint.get(TOKENIZER_KEY)
-    if packed is not None and tokenizer is not None and not is_packed(packed, tokenizer):
-        raise UserError("from: the checkpoint has another tokenizer, so its ids mean other text")
-    weights = checkpoint["state_dict"]
-    saved = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
-    saved = with_current_names(saved)
-    own = net.state_dict()
-    named = [name for name in own if name in saved]
-    other = _of_another_meaning(named, checkpoint.get(ARCHITECTURE_KEY, {}), net.architecture())
-    if other and not fresh_memory:
-        remedy = "weights of the memory mean something else; let the variant train"
-        raise UserError(f"from: {'; '.join(other)}: {remedy}")
-    for name in {name for names in other.values() for name in names}:
-        del saved[name]
-    kept = {id(parameter) for parameter in net.memory_parameters()} if fresh_memory else set()
-    excused = {name for name, parameter in net.named_parameters() if id(parameter) in kept}
-    surplus = [n for n in saved if n not in own and not is_of_memory(n)]
-    lacking = [name for name in own if name not in saved and name not in excused]
-    misfit = [n for n in own if n in saved and saved[n].shape != own[n].shape]
-    for what, names in (
-        ("lacks", lacking),
-        ("also has", surplus),
-        ("has another shape of", misfit),
-    ):
-        if names:
-            remedy = "let the variant train from the start"
-            raise UserError(f"from: the checkpoint {what} {', '.join(names[:3])}; {remedy}")
-    net.load_state_dict(saved, strict=False)
 
 
 class MeasuredSearch(TimedSearch):

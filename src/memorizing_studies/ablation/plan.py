@@ -7,17 +7,22 @@ import io
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from textwrap import shorten
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from memorizing_transformers.data.sources.splits import check_sources
 from memorizing_transformers.errors import ConfigError, UserError
 from memorizing_transformers.failures import describe
+from memorizing_transformers.model import Transformer
 from memorizing_transformers.training.cli import MemoryCLI, read_config
+from memorizing_transformers.training.module import MemorizingLM
+
+from .taken_weights import matching
 
 BASE = "base"
 """The name of the variant that changes nothing; every plan has it."""
@@ -199,10 +204,32 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+def _network(module: MemorizingLM) -> Transformer | None:
+    """The network of a variant without its numbers; None where only the run can build it."""
+    if module.base is not None or type(module).build_net is not MemorizingLM.build_net:
+        return None
+    # Any vocabulary will do, since variants with other tokenizers are told apart by these.
+    config = replace(module.config, vocab_size=module.config.vocab_size or 256)
+    with torch.device("meta"):
+        return Transformer(config)
+
+
 def check(plan: Plan) -> dict[str, dict[str, Any]]:
     """Every config value of each variant, by its name, with the first seed.
 
     Raises:
-        UserError: if one cannot work.
+        UserError: if one cannot work, or cannot take over the weights that it starts from.
     """
-    return {variant.name: build(plan, variant, plan.seeds[0])[1] for variant in plan.variants}
+    found, nets = {}, {}
+    for variant in plan.variants:
+        cli, found[variant.name] = build(plan, variant, plan.seeds[0])
+        nets[variant.name] = _network(cli.model)
+    for variant in plan.variants:
+        net, source = nets[variant.name], nets.get(variant.source or "")
+        if net is None or source is None:
+            continue
+        try:
+            matching(net, source.state_dict(), source.architecture(), variant.run == "train")
+        except UserError as error:
+            raise UserError(f"variants.{variant.name}.{error}") from error
+    return found

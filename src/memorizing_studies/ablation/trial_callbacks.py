@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 
 from memorizing_transformers.errors import ConfigError
 
-from .evaluation import load_weights
 from .json_files import read_json, write_json
+from .taken_weights import load_weights
 
 PROGRESS_SECONDS = 1.0
 """Seconds between two updates of ``progress.json``."""

@@ -32,7 +32,7 @@ class Session:
         bank: what was read before; None for nothing. It is written to.
 
     Raises:
-        ConfigError: where a segment would hold no token.
+        ConfigError: where a segment would hold no token, or more than the network can read.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Session:
     ) -> None:
         if segment_length < 1:
             raise ConfigError("segment_length", segment_length, "must be at least 1")
+        model.check_segment_length(segment_length)
         self.model = model.eval()
         self.segment_length = segment_length
         self.bank = model.new_memory(batch_size) if bank is None else bank

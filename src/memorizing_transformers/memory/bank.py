@@ -33,6 +33,24 @@ class SegmentPairs(NamedTuple):
     """For the XL caches."""
 
 
+def check_tokens(name: str, of_tokens: Tensor | None, keys: Tensor) -> None:
+    """Refuse what does not say one thing of each token of a segment.
+
+    Args:
+        name: of it, for the message.
+        of_tokens: should be (B, N); None is fine.
+        keys: (B, G, N, D) of the segment.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    shape = (keys.shape[0], keys.shape[2])
+    if of_tokens is not None and of_tokens.shape != shape:
+        raise ValueError(
+            f"{name} of shape {(*of_tokens.shape,)}: must be {shape}, as the segment is"
+        )
+
+
 class MemoryBank:
     """The state of B rows between two segments.
 
@@ -67,13 +85,15 @@ class MemoryBank:
 
         Args:
             pairs: what the forward pass of the segment returned.
-            mask: (B, N) bool, True at real tokens; padding only at the right. None for all.
+            mask: (B, N) bool, True at real tokens; padding only at the right (on a GPU the mask
+                is not looked at, as that would wait for it). None for all.
             token_ids: (B, N) the tokens of the segment, which copy heads and biases by match length
                 read, and which explain retrievals later.
             step: the training step, kept to tell how stale a pair is.
 
         Raises:
-            ValueError: where ``pairs`` holds another number of rows, or tokens are needed and not
+            ValueError: where ``pairs`` holds another number of rows, the mask or the tokens do not
+                have the segment's shape, padding is not at the right, or tokens are needed and not
                 there.
         """
         if self.needs_tokens and token_ids is None and self._own():
@@ -83,6 +103,13 @@ class MemoryBank:
             )
         for keys, _ in (*pairs.memory.values(), *pairs.cache.values()):
             self._check_rows(keys.shape[0])
+            check_tokens("mask", mask, keys)
+            check_tokens("token_ids", token_ids, keys)
+        mask = None if mask is None else mask.bool()
+        if mask is not None and mask.device.type == "cpu" and (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError(
+                "mask: padding must be at the right of a row, and a token follows some"
+            )
         for layer, memory in self._own().items():
             memory.write(*pairs.memory[layer], mask=mask, token_ids=token_ids, step=step)
         for layer, cache in self.caches.items():

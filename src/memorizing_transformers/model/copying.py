@@ -60,6 +60,11 @@ def _odds(weight: float) -> float:
     return weight / (1 - weight)
 
 
+def _bounded_exp(log_odds: Tensor) -> Tensor:
+    # Odds beyond e^30 leave the model 1e-13 of the prediction, and e^89 is no number of fp32.
+    return log_odds.clamp(max=30.0).exp()
+
+
 class NeighbourCopies(nn.Module):
     """The tokens of the best pairs that the memory layer's heads retrieved, and those after them.
 
@@ -105,7 +110,7 @@ class NeighbourCopies(nn.Module):
         log_odds = start + slope * sharpness
         by_token = inputs.hidden @ self.hidden.float().t()
         log_odds = log_odds + by_token.permute(2, 0, 1)[:, :, None]
-        odds = log_odds.exp()[..., None] * weights
+        odds = _bounded_exp(log_odds)[..., None] * weights
         return odds.permute(1, 3, 0, 2, 4).flatten(2)
 
 
@@ -159,7 +164,7 @@ class RepeatCopies(nn.Module):
         log_odds = self.log_odds.float()[lengths.amax(-1)]
         log_odds = log_odds + torch.cat(features, -1) @ self.features.float()
         log_odds = log_odds + inputs.hidden @ self.hidden.float()
-        return log_odds.exp()[..., None] * weights
+        return _bounded_exp(log_odds)[..., None] * weights
 
 
 COPIES: dict[str, type[NeighbourCopies | RepeatCopies]] = {

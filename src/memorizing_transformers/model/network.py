@@ -83,6 +83,16 @@ class MemorizingNet(nn.Module):
         """
         raise NotImplementedError
 
+    def check_segment_length(self, segment_length: int) -> None:
+        """Refuse segments that are too long for the network. Default: none is.
+
+        Args:
+            segment_length: tokens N of a segment to come.
+
+        Raises:
+            ConfigError: naming it and the most that will do.
+        """
+
     def readers(self) -> dict[int, MemoryReader]:
         """By layer, the module that reads the memory."""
         return {}

@@ -129,6 +129,10 @@ class MemorizedModel(MemorizingNet):
         with self._passes.reading(segment, layers):
             return self._head(self.base, input_ids, use_cache=False, **options)
 
+    def check_segment_length(self, segment_length: int) -> None:
+        """Refuse segments beyond the base's window, as ``MemorizingNet`` says."""
+        check_window(segment_length, self.window, self.prefix)
+
     def readers(self) -> dict[int, MemoryReader]:
         """By layer, what reads the memory."""
         return {n: m.memory_reader for n, m in self._modules_by_layer.items()}  # type: ignore[misc]
@@ -210,7 +214,7 @@ class MemorizedModel(MemorizingNet):
             rows = input_ids.shape[0]
             raise ValueError(f"a bank of {memory.batch_size} rows got {rows} rows")
         read = input_ids.shape[1] if open_segment is None else open_segment.length
-        check_window(read, self.window, self.prefix)
+        self.check_segment_length(read)
         if attention_mask is not None and bool((attention_mask.long().diff() > 0).any()):
             remedy = (
                 "with a memory, padding must be at the right of a row; set "

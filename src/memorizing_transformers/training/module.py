@@ -72,8 +72,7 @@ class MemorizingLM(HostSide):
         self.config = config
         optimizer.validate()
         self.optimizer_config = optimizer
-        self.save_memory = save_memory
-        self.init_from = init_from
+        self.save_memory, self.init_from = save_memory, init_from
         adapt.validate(base, init_from)
         self.base, self.adapt = base, adapt
         self._resume: dict[str, Any] | None = None
@@ -145,6 +144,7 @@ class MemorizingLM(HostSide):
                 remedy = f"must be at least {needed}, the size of the tokenizer, or left out"
                 raise ConfigError("model.vocab_size", self.config.vocab_size, remedy)
         self.net = self.build_net()
+        self.net.check_segment_length(getattr(self.datamodule, "segment_length", 1))
         if not self.config.memory.size:
             # Without a memory these are not used, and DDP waits for every gradient it expects.
             for parameter in self.net.memory_parameters():
