@@ -108,3 +108,23 @@ def test_the_recipes_table_says_what_the_summary_says() -> None:
                 assert cell == f"{known[corpus, arm, size, seed]:.3f}", (corpus, arm, size)
                 compared += 1
     assert compared > 90
+
+
+@pytest.mark.parametrize(
+    ("suffix", "plan"), [("-2nd-base", "recipe"), ("-better-base", "better-base")]
+)
+def test_the_summary_says_what_the_raw_results_of_its_bases_say(suffix: str, plan: str) -> None:
+    names = {"control": "no-memory"}
+    folder = results_page.PAGE.parent / "results"
+    compared = 0
+    for row in records(folder / "summary.csv"):
+        if not row["arm"].endswith(suffix) or row["test_memory"] not in ("0", "8192"):
+            continue
+        arm = row["arm"].removesuffix(suffix)
+        raw = records(folder / "ablations" / f"{plan}-{row['corpus']}.csv")
+        (own,) = [one for one in raw if one["variant"] == names.get(arm, arm)]
+        for key in ("perplexity", "bits_per_byte"):
+            assert float(row[key]) == pytest.approx(float(own[key]), abs=2e-5)
+        assert row["seed"] == own["seed"]
+        compared += 1
+    assert compared > 5
