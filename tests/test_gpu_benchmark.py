@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+MARK = "gpu"
 COMMAND = [sys.executable, str(Path(__file__).parent.parent / "benchmarks" / "gpu.py")]
 
 
@@ -42,7 +44,46 @@ def test_rows_without_a_time_are_not_drawn(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "gpu.png").is_file()
 
 
-@pytest.mark.slow  # a minute: it compiles, and collects the tests
+def test_tests_of_the_gpu_run_where_others_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine with the GPU may have torch and little else."""
+    monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
+    gpu = importlib.import_module("gpu")
+    needs_more = "import a_package_that_is_not_here\n"
+    own = f"import pytest\n@pytest.mark.{MARK}\ndef test_it():\n    pass\n"
+    folder = tmp_path / "tests" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "test_kernel.py").write_text(own)
+    (folder / "test_both.py").write_text(needs_more + own)
+    (folder / "test_other.py").write_text(needs_more + "def test_other():\n    pass\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    total, *failures = [row["tests"] for row in gpu.run_tests(60)]
+    assert "1 passed" in total
+    assert "1 error" in total
+    assert len(failures) == 1
+    assert "test_both.py" in failures[0]
+
+
+def test_a_package_that_is_not_installed_stops_no_benchmark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
+    measure = importlib.import_module("measure")
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name != "torch":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(measure, "version", version)
+    found = measure.circumstances()
+    assert found["torch"] == real("torch")
+    assert found["faiss-cpu"] == found["numpy"] == "not installed"
+
+
+@pytest.mark.slow  # it compiles, and collects the tests
 def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     command = [*COMMAND, "--rehearse", "--out", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
