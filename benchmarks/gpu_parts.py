@@ -172,6 +172,14 @@ class Step:
         self.optimizer.zero_grad()
 
 
+def seconds_of_step(shape: Shape, device: torch.device, variant: dict[str, Any]) -> float:
+    """Median of a variant's training step.
+
+    What the step holds ends with this call, also where it fails: the next variant needs the room.
+    """
+    return summary(timed(Step(shape, device, **variant), device, shape.seconds))["median"]
+
+
 def steps(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Time and peak memory of a training step; each variant without memory comes first."""
     variants: list[dict[str, Any]] = [
@@ -186,23 +194,23 @@ def steps(shape: Shape, device: torch.device) -> Iterator[Row]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         chosen = {"optimizer": "adamw", "compiled": False, "place": "model", **variant}
+        unknown = dict.fromkeys(("ms", "of no memory", "tokens/s"))
+        full: Row | None = None
         try:
-            step = Step(shape, device, **variant)
-            found = summary(timed(step, device, shape.seconds))["median"]
+            found = seconds_of_step(shape, device, variant)
         except torch.OutOfMemoryError:
-            unknown = dict.fromkeys(("ms", "of no memory", "tokens/s"))
-            yield {**chosen, **unknown, "peak GiB": "does not fit"}
+            full = {**chosen, **unknown, "peak GiB": "does not fit"}
+        if full is not None:  # not above: until that block ends, its error holds the step
+            yield full
             continue
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         kind = (chosen["optimizer"], chosen["compiled"])
         without.setdefault(kind, found)
-        tokens = shape.rows * shape.segment / found
-        del step
         yield {
             **chosen,
             "ms": 1e3 * found,
             "of no memory": found / without[kind],
-            "tokens/s": tokens,
+            "tokens/s": shape.rows * shape.segment / found,
             "peak GiB": peak,
         }
 

@@ -7,7 +7,10 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +66,32 @@ def test_tests_of_the_gpu_run_where_others_cannot_be_imported(
     assert "1 error" in total
     assert len(failures) == 1
     assert "test_both.py" in failures[0]
+
+
+def test_a_step_that_does_not_fit_is_gone_before_the_next_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the next one has not the room either, or its peak counts both."""
+    monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
+    parts = importlib.import_module("gpu_parts")
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Step:
+        def __init__(self, *_: Any, **chosen: Any) -> None:
+            alive.append(sum(ref() is not None for ref in made))
+            made.append(weakref.ref(self))
+            self.slots = chosen["slots"]
+
+        def __call__(self) -> None:
+            if self.slots == parts.TINY.slots[-1]:
+                raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(parts, "Step", Step)
+    rows = list(parts.steps(replace(parts.TINY, seconds=0.0), torch.device("cpu")))
+    full = parts.TINY.slots[-1]
+    assert all((row["peak GiB"] == "does not fit") == (row["slots"] == full) for row in rows)
+    assert alive == [0] * len(rows)
 
 
 def test_a_package_that_is_not_installed_stops_no_benchmark(
