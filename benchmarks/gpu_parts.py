@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +16,13 @@ from measure import summary
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import memorizing_transformers
 from memorizing_transformers.memory import STORAGE_DTYPES, Memory, make_search
 from memorizing_transformers.memory.search.recall import measured_recall
 from memorizing_transformers.model import MemoryConfig, ModelConfig, Transformer
+from memorizing_transformers.model.attention import Attention
+from memorizing_transformers.model.flex import FEWEST_QUERIES, flex_failure
+from memorizing_transformers.model.reader import MemoryReader
 from memorizing_transformers.training.optimizers import OptimizerConfig, make_optimizer
 
 Row = dict[str, Any]
@@ -42,6 +47,33 @@ class Shape:
 
 TINY = Shape(2, 2, 16, 16, 2, 32, 64, 4, (64, 128), 0.05)
 """For a rehearsal on a CPU."""
+
+
+def outcome(error: Exception) -> str:
+    """What a row says in place of its last figure."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit"
+    said = str(error).strip().splitlines()
+    return f"failed: {said[0] if said else type(error).__name__}"
+
+
+@contextmanager
+def warnings_of_ours() -> Iterator[list[str]]:
+    """The warnings that the package logs within: a fallback would be timed as what it replaces."""
+    said: list[str] = []
+
+    def note(record: logging.LogRecord) -> None:
+        if record.getMessage() not in said:  # each layer may say it
+            said.append(record.getMessage())
+
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = note  # type: ignore[method-assign]
+    logger = logging.getLogger(memorizing_transformers.__name__)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def wait(device: torch.device) -> None:
@@ -83,25 +115,47 @@ def searches(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Time and recall of each search for one segment of every row, by size and storage type."""
     for slots in shape.slots:
         for dtype in STORAGE_DTYPES:
-            try:
-                yield from _searches_of(shape, device, slots, dtype)
-            except torch.OutOfMemoryError:
-                full = {"search": "does not fit", "ms": None, "recall": None}
-                yield {"slots": slots, "dtype": dtype, **full}
+            yield from _searches_of(shape, device, slots, dtype)
 
 
 def _searches_of(shape: Shape, device: torch.device, slots: int, dtype: str) -> Iterator[Row]:
-    torch.manual_seed(0)
-    size = (shape.rows, shape.heads, slots, shape.width)
-    memory = Memory(*size, STORAGE_DTYPES[dtype], device)
-    fill(memory, shape.segment)
-    asked = queries_of(shape, device)
+    chosen: Row = {"slots": slots, "dtype": dtype}
+    lost: Row | None = None
+    try:
+        torch.manual_seed(0)
+        size = (shape.rows, shape.heads, slots, shape.width)
+        memory = Memory(*size, STORAGE_DTYPES[dtype], device)
+        fill(memory, shape.segment)
+        asked = queries_of(shape, device)
+    except Exception as error:
+        lost = {"kernel": None, "ms": None, "recall": outcome(error), "warnings": None}
     for name in ("exact", "bucketed"):
-        search = make_search(name)
-        times = timed(partial(search, asked, memory, shape.top_k), device, shape.seconds)
-        recall = measured_recall(search, asked, memory, shape.top_k, sample=64)
-        ms = 1e3 * summary(times)["median"]
-        yield {"slots": slots, "dtype": dtype, "search": name, "ms": ms, "recall": recall}
+        chosen["search"] = name
+        if lost is None:
+            yield chosen | _search(shape, device, name, asked, memory)
+        else:
+            yield chosen | lost
+
+
+def _search(shape: Shape, device: torch.device, name: str, asked: Tensor, memory: Memory) -> Row:
+    search = make_search(name)
+    ms: float | None = None
+    recall: float | str
+    with warnings_of_ours() as said:
+        try:
+            times = timed(partial(search, asked, memory, shape.top_k), device, shape.seconds)
+            ms = 1e3 * summary(times)["median"]
+            recall = measured_recall(search, asked, memory, shape.top_k, sample=64)
+        except Exception as error:
+            recall = outcome(error)
+    kernel = kernel_of(search)
+    return {"kernel": kernel, "ms": ms, "recall": recall, "warnings": "; ".join(said) or None}
+
+
+def kernel_of(search: Any) -> str | None:
+    """What a bucketed search last ran."""
+    choice = getattr(search, "kernel", None)
+    return choice and choice.name
 
 
 def make_net(shape: Shape, slots: int, place: str, compiled: bool) -> Transformer:
@@ -172,59 +226,98 @@ class Step:
         self.optimizer.zero_grad()
 
 
+def local_attention_of(step: Step, shape: Shape) -> str:
+    """What its local attention runs, and if it is not FlexAttention, why."""
+    found = next(x for x in step.net.modules() if isinstance(x, Attention))
+    heads = found.num_heads, found.num_kv_heads, found.head_dim
+    dtype = torch.bfloat16 if step.device.type == "cuda" else torch.float32
+    if shape.segment < FEWEST_QUERIES:
+        why: str | None = f"segments below {FEWEST_QUERIES}"
+    else:
+        why = flex_failure(step.inputs.device, dtype, *heads)
+    return "flex" if why is None else f"not flex: {why}"
+
+
+def measured_step(shape: Shape, device: torch.device, variant: Row) -> tuple[float, Row]:
+    """Median seconds of a variant's training step, and what ran in it.
+
+    What the step holds ends with this call, also where it fails: the next variant needs the room.
+    """
+    step = Step(shape, device, **variant)
+    found = summary(timed(step, device, shape.seconds))["median"]
+    readers = [x for x in step.net.modules() if isinstance(x, MemoryReader)]
+    kernels = sorted({str(kernel_of(x.search)) for x in readers})
+    kernel = ", ".join(kernels) if variant["slots"] else None
+    return found, {"local attention": local_attention_of(step, shape), "search kernel": kernel}
+
+
 def steps(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Time and peak memory of a training step; each variant without memory comes first."""
-    variants: list[dict[str, Any]] = [
+    variants: list[Row] = [
         *({"slots": slots} for slots in (0, *shape.slots)),
         *({"slots": slots, "optimizer": "adafactor"} for slots in (0, shape.slots[0])),
         *({"slots": slots, "compiled": True} for slots in (0, *shape.slots[:2])),
         {"slots": shape.slots[0], "place": "cpu"},
     ]
+    unknown = dict.fromkeys(("ms", "of no memory", "tokens/s", "local attention", "search kernel"))
     without: dict[tuple[str, bool], float] = {}
     for variant in variants:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        chosen = {"optimizer": "adamw", "compiled": False, "place": "model", **variant}
-        try:
-            step = Step(shape, device, **variant)
-            found = summary(timed(step, device, shape.seconds))["median"]
-        except torch.OutOfMemoryError:
-            unknown = dict.fromkeys(("ms", "of no memory", "tokens/s"))
-            yield {**chosen, **unknown, "peak GiB": "does not fit"}
-            continue
-        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-        kind = (chosen["optimizer"], chosen["compiled"])
-        without.setdefault(kind, found)
-        tokens = shape.rows * shape.segment / found
-        del step
-        yield {
-            **chosen,
-            "ms": 1e3 * found,
-            "of no memory": found / without[kind],
-            "tokens/s": tokens,
-            "peak GiB": peak,
-        }
+        row = {"optimizer": "adamw", "compiled": False, "place": "model", **variant, **unknown}
+        kind = (row["optimizer"], row["compiled"])
+        with warnings_of_ours() as said:
+            try:
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats(device)
+                found, ran = measured_step(shape, device, variant)
+                peak: float | str | None = None
+                if device.type == "cuda":
+                    peak = torch.cuda.max_memory_allocated(device) / 2**30
+                if not row["slots"]:
+                    without[kind] = found
+                row |= {"ms": 1e3 * found, "tokens/s": shape.rows * shape.segment / found, **ran}
+                row["of no memory"] = found / without[kind] if kind in without else None
+            except Exception as error:
+                peak = outcome(error)
+        # Not within the above: until that block ends, its error holds what the step held.
+        yield {**row, "peak GiB": peak, "warnings": "; ".join(said) or None}
 
 
 def parity(shape: Shape, device: torch.device) -> Iterator[Row]:
     """How far searches on the device, and a step, are from the same on the CPU in fp32."""
-    slots = min(shape.slots[0], 4096)
     small = Shape(**{**asdict(shape), "rows": 2, "segment": min(64, shape.segment)})
-    for name in ("exact", "bucketed"):
-        torch.manual_seed(0)
-        memory = Memory(2, small.heads, slots, small.width, torch.float32, "cpu")
-        fill(memory, small.segment)
-        asked = queries_of(small, torch.device("cpu"))
-        there = Memory(2, small.heads, slots, small.width, torch.float32, device)
-        there.write(memory.keys.to(device), memory.values.to(device))
-        found = make_search(name)(asked.to(device), there, small.top_k).slots.cpu()
-        true = make_search("reference")(asked, memory, small.top_k).slots
-        share = (found[..., :, None] == true[..., None, :]).any(-1).float().mean()
-        yield {"what": f"{name}: share of the neighbours of the reference", "figure": float(share)}
+    asked: dict[str, Callable[[], float]] = {
+        f"{name}: share of the neighbours of the reference": partial(_same, small, device, name)
+        for name in ("exact", "bucketed")
+    }
+    asked["loss on the device over loss on the CPU, less 1"] = partial(_loss_off, small, device)
+    for what, figure in asked.items():
+        found: float | str
+        with warnings_of_ours() as said:
+            try:
+                found = figure()
+            except Exception as error:
+                found = outcome(error)
+        yield {"what": what, "figure": found, "warnings": "; ".join(said) or None}
+
+
+def _same(small: Shape, device: torch.device, name: str) -> float:
+    torch.manual_seed(0)
+    slots = min(small.slots[0], 4096)
+    memory = Memory(2, small.heads, slots, small.width, torch.float32, "cpu")
+    fill(memory, small.segment)
+    asked = queries_of(small, torch.device("cpu"))
+    there = Memory(2, small.heads, slots, small.width, torch.float32, device)
+    there.write(memory.keys.to(device), memory.values.to(device))
+    found = make_search(name)(asked.to(device), there, small.top_k).slots.cpu()
+    true = make_search("reference")(asked, memory, small.top_k).slots
+    return float((found[..., :, None] == true[..., None, :]).any(-1).float().mean())
+
+
+def _loss_off(small: Shape, device: torch.device) -> float:
     losses = []
     for place in (torch.device("cpu"), device):
-        step = Step(small, torch.device("cpu"), min(slots, 1024))
+        step = Step(small, torch.device("cpu"), min(small.slots[0], 1024))
         step.net.to(place)
         bank = step.net.new_memory(2)
         bank.load(step.bank.tensors())
@@ -232,10 +325,7 @@ def parity(shape: Shape, device: torch.device) -> Iterator[Row]:
             output = step.net.score(step.inputs.to(place), bank, step.targets.to(place))
             assert output.nll is not None
             losses.append(float(output.nll.mean()))
-    yield {
-        "what": "loss on the device over loss on the CPU, less 1",
-        "figure": losses[1] / losses[0] - 1,
-    }
+    return losses[1] / losses[0] - 1
 
 
 def where_time_goes(shape: Shape, device: torch.device) -> str:

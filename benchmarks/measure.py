@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +66,7 @@ def circumstances() -> dict[str, Any]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             cpu = line.split(": ")[1]
-    packages = {name: version(name) for name in ("torch", "faiss-cpu", "numpy")}
+    packages = {name: _version(name) for name in ("torch", "faiss-cpu", "numpy")}
     load = Path("/proc/loadavg").read_text().split()[0]
     return {
         "cpu": cpu,
@@ -75,6 +75,13 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         **packages,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # not every benchmark needs every one of them
+        return "not installed"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

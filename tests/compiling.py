@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def noted() -> Iterator[list[Shapes]]:
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda f, **options: real(f, backend=backend, **options))
+        patch.setattr(torch, "compile", partial(real, backend=backend))
         compiled._compiled.cache_clear()
         torch._dynamo.reset()
         yield made

@@ -26,15 +26,22 @@ def test_a_mask_that_validation_made_can_be_saved_for_a_backward_pass() -> None:
     assert not any(x.is_inference() for x in tensors)
 
 
-def test_a_kernel_is_made_for_the_first_shape_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("old", [False, True], ids=["", "torch 2.11"])
+def test_a_kernel_is_made_for_the_first_shape_of_its_kind(
+    old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[Any] = []
 
-    def compiler(function: Any, **options: Any) -> Any:
-        made.append(options["dynamic"])
-        assert options["isolate_recompiles"]
+    def compiler(function: Any, *, dynamic: bool | None, isolate_recompiles: bool = False) -> Any:
+        assert isolate_recompiles
+        made.append(dynamic)
         return len(made)
 
-    monkeypatch.setattr(torch, "compile", compiler)
+    def older(function: Any, *, dynamic: bool | None) -> Any:
+        made.append(dynamic)
+        return len(made)
+
+    monkeypatch.setattr(torch, "compile", older if old else compiler)
     monkeypatch.setattr(flex, "_FIRST_SHAPES", {})
     flex._compiled.cache_clear()
     try:
@@ -45,6 +52,26 @@ def test_a_kernel_is_made_for_the_first_shape_of_its_kind(monkeypatch: pytest.Mo
         flex._compiled.cache_clear()
     assert found == [1, 2, 2, 3, 3]
     assert made == [False, False, None]
+
+
+def test_a_model_is_compiled_by_a_torch_that_cannot_count_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, made = torch.compile, []
+
+    def older(model: Any, *, fullgraph: bool = False, dynamic: bool | None = None) -> Any:
+        made.append(fullgraph)
+        return real(model, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", older)
+    model, plain, ids = small_model(compile=True), small_model(), torch.randint(VOCAB, (2, 5))
+    plain.load_state_dict(model.state_dict())
+    torch._dynamo.reset()
+    found, wanted = (x.score(ids[:, :-1], x.new_memory(2), ids[:, 1:]).nll for x in (model, plain))
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, wanted)
+    assert made == [True]
+    assert not [x for x in caplog.records if x.name.startswith("memorizing_transformers")]
 
 
 def test_scores_are_in_fp32_under_autocast() -> None:

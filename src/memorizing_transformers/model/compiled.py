@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from functools import cache, wraps
+from inspect import signature
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,10 +27,16 @@ _wholes: WeakKeyDictionary[nn.Module, dict[Hashable, _Way]] = WeakKeyDictionary(
 """By module and kind of call: the shape that it is for, None for all others, and what runs."""
 
 
-def _compile(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    # Variants count against a limit of torch's; so each call of this has its own.
+def compile_apart(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function; its variants count against a limit of torch's.
+
+    Each call of this has its own count, except in versions of torch that lack the option (2.11
+    does): there all that is made of one function has one count.
+    """
     make: Any = torch.compile  # its stubs do not know the option
-    compiled: Callable[..., Any] = make(method, isolate_recompiles=True, **options)
+    if "isolate_recompiles" in signature(make).parameters:
+        options["isolate_recompiles"] = True
+    compiled: Callable[..., Any] = make(function, **options)
     return compiled
 
 
@@ -43,7 +50,7 @@ def _compiled(
 ) -> Callable[..., Any]:
     # A module's class and the mode of gradients have variants of their own. A second shape makes
     # what differs a variable of the code.
-    return _compile(method)
+    return compile_apart(method)
 
 
 def compilable(method: Method) -> Method:
@@ -79,11 +86,11 @@ def run_whole(
     ways = _wholes.setdefault(module, {})
     kind: Hashable = (method, *_mode(), module.training, like)
     if kind not in ways:
-        ways[kind] = (ids.shape, _compile(method, fullgraph=True, dynamic=False))
+        ways[kind] = (ids.shape, compile_apart(method, fullgraph=True, dynamic=False))
     if ids.shape != ways[kind][0]:
         kind = (kind, "other shapes")
         if kind not in ways:
-            ways[kind] = (None, _compile(method, fullgraph=True))
+            ways[kind] = (None, compile_apart(method, fullgraph=True))
     shape, run = ways[kind]
     try:
         return run(module, ids, *arguments)

@@ -21,6 +21,8 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+from .compiled import compile_apart
+
 logger = logging.getLogger(__name__)
 
 FEWEST_QUERIES = 128
@@ -116,11 +118,9 @@ _FIRST_SHAPES: dict[tuple[Hashable, ...], tuple[int, ...]] = {}
 
 @cache
 def _compiled(kind: tuple[Hashable, ...], one_shape: bool) -> Any:
-    compiler: Any = torch.compile  # its types do not know the last key
-    return compiler(flex_attention, dynamic=False if one_shape else None, isolate_recompiles=True)
+    return compile_apart(flex_attention, dynamic=False if one_shape else None)
 
 
-@cache
 def flex_works(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int
 ) -> bool:
@@ -128,8 +128,16 @@ def flex_works(
 
     The log says why not.
     """
+    return flex_failure(device, dtype, heads, kv_heads, width) is None
+
+
+@cache
+def flex_failure(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int
+) -> str | None:
+    """Why this device cannot run it for such heads; None where it can."""
     if device.type != "cuda":
-        return False
+        return "not a CUDA device"
     made: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
     try:
         # Hooks of its own: those of activation checkpointing would compute the layer again. No
@@ -146,5 +154,5 @@ def flex_works(
     except Exception as error:  # of the compiler, of the driver, of a kernel that has no room
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         logger.warning("local attention without FlexAttention, which failed here: %s", first)
-        return False
-    return True
+        return first
+    return None

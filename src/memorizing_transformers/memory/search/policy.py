@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import NamedTuple
 
 import torch
@@ -75,10 +76,16 @@ def _triton(q: Tensor, memory: Readable, count: int, buckets: int, room: int) ->
         return triton_buckets(q, memory, count, buckets, room)
     except TritonError as error:
         raise KernelFailed(str(error)) from error
-    except RuntimeError as error:
-        if "C compiler" not in str(error):  # which Triton needs to start a kernel
-            raise
+    # To start a first kernel Triton runs a C compiler and ldconfig and writes to its cache.
+    except CalledProcessError as error:  # as of a compiler that finds no Python.h
+        said = f"{error.cmd[0]}, which Triton runs, ended with code {error.returncode}"
+        raise KernelFailed(said) from error
+    except OSError as error:
         raise KernelFailed(str(error)) from error
+    except (RuntimeError, AssertionError) as error:
+        if not any(name in str(error) for name in ("C compiler", "libcuda")):
+            raise
+        raise KernelFailed(" ".join(str(error).split())) from error
 
 
 KERNELS = {
