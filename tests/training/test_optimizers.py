@@ -13,6 +13,7 @@ from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.training.optimizers import (
     OptimizerConfig,
+    is_memory_number,
     lr_factor,
     make_optimizer,
     make_schedule,
@@ -184,6 +185,42 @@ def test_the_memorys_numbers_never_decay(combine: Any, bias: Any, name: str, fac
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 30.0])
 def test_any_finite_rate_of_the_memory_is_accepted(factor: float) -> None:
     OptimizerConfig(memory_lr_factor=factor).validate()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
+@pytest.mark.parametrize("lr", [0.01, 1.0])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 10.0])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_the_memorys_numbers_move_by_a_multiple_in_every_step(
+    name: str, factor: float, lr: float, schedule: Any
+) -> None:
+    """Also where the optimiser bounds the rate, as Adafactor does."""
+    moves = []
+    for multiple in (1.0, factor):
+        torch.manual_seed(0)
+        net = Transformer(ModelConfig(23, 16, 2, 4, memory={"size": 8, "top_k": 2}))
+        settings: dict[str, Any] = {"lr": lr, "schedule": schedule, "warmup_steps": 3}
+        config = OptimizerConfig(name, memory_lr_factor=multiple, weight_decay=0.0, **settings)
+        optimizer = make_optimizer(net, config)
+        rates = make_schedule(optimizer, config, 12)
+        gate = next(p for n, p in net.named_parameters() if is_memory_number(n))
+        moves.append([])
+        for step in range(12):
+            with torch.no_grad():
+                gate.fill_(1.0)  # by which Adafactor scales its move
+            gate.grad = torch.full_like(gate, math.cos(step))
+            optimizer.step()
+            rates.step()
+            moves[-1].append((gate.detach() - 1.0).mean().item())
+    for one, many in zip(*moves, strict=True):
+        assert many == pytest.approx(factor * one, rel=1e-3, abs=1e-6)
+
+
+def test_a_multiple_that_an_optimiser_would_bound_is_refused() -> None:
+    OptimizerConfig("torch.optim.Adafactor").validate()
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig("torch.optim.Adafactor", memory_lr_factor=10).validate()
+    assert caught.value.key == "model.optimizer.memory_lr_factor"
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,11 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
         kind = self.kind()
+        bounded = issubclass(kind, torch.optim.Adafactor) and self.name != "adafactor"
+        if bounded and self.memory_lr_factor != 1:
+            remedy = f"does not reach behind the bound of {self.name} on its rate; set "
+            remedy += f"{prefix}name=adafactor, or 1"
+            raise ConfigError(prefix + "memory_lr_factor", self.memory_lr_factor, remedy)
         try:
             self.build([{"params": [nn.Parameter(torch.zeros(n, n))]} for n in (1, 2)])
         except (TypeError, ValueError, RuntimeError) as error:
@@ -182,6 +187,9 @@ def parameter_groups(
     if config.memory_lr_factor != 1:
         rate = config.lr * config.memory_lr_factor
         groups.append({"params": [], "weight_decay": 0.0, "lr": rate})
+        if config.name == "adafactor":
+            # Which bounds the rate: a multiple of lr alone would end at the bound of the others.
+            groups[-1]["lr_factor"] = config.memory_lr_factor
     with_own_rate, with_muon = len(groups) > 2, config.name == "muon"
     if with_muon:
         groups.append({**groups[0], "params": [], "matrices": True})
