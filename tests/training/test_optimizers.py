@@ -187,6 +187,17 @@ def test_any_finite_rate_of_the_memory_is_accepted(factor: float) -> None:
     OptimizerConfig(memory_lr_factor=factor).validate()
 
 
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "betas"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "torch.optim.SGD"])
+def test_no_option_is_passed_over_for_a_key_of_its_own(name: str, key: str) -> None:
+    value = (0.5, 0.5) if key == "betas" else 0.5
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig(name, options={key: value}).validate()
+    assert caught.value.key == "model.optimizer.options"
+    own = key != "betas" or name in ("adamw", "muon")
+    assert (f"set model.optimizer.{key}" in str(caught.value)) == own
+
+
 @pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
 @pytest.mark.parametrize("lr", [0.01, 1.0])
 @pytest.mark.parametrize("factor", [0.0, 0.5, 10.0])

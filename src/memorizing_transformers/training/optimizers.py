@@ -88,6 +88,10 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
         kind = self.kind()
+        for key in ("lr", "weight_decay", *(("betas",) if self.has_betas else ())):
+            if key in self.options:
+                remedy = f"{key} has a key of its own; set {prefix}{key}"
+                raise ConfigError(prefix + "options", self.options, remedy)
         bounded = issubclass(kind, torch.optim.Adafactor) and self.name != "adafactor"
         if bounded and self.memory_lr_factor != 1:
             remedy = f"does not reach behind the bound of {self.name} on its rate; set "
