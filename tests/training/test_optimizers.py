@@ -187,6 +187,36 @@ def test_any_finite_rate_of_the_memory_is_accepted(factor: float) -> None:
     OptimizerConfig(memory_lr_factor=factor).validate()
 
 
+DECOUPLED = ["adamw", "muon", "adafactor"]
+DECOUPLED += [f"torch.optim.{kind}" for kind in ("Adam", "AdamW", "NAdam", "RAdam", "Adafactor")]
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_the_decay_is_a_share_of_each_weight(name: str) -> None:
+    """Times the learning rate, whatever the gradients: of large weights as of small ones."""
+    net = Net()
+    with torch.no_grad():
+        net.matrix[0] = 10.0
+    optimizer = make_optimizer(net, OptimizerConfig(name, lr=0.01, weight_decay=0.5))
+    before = net.matrix.detach().clone()
+    for parameter in (net.matrix, net.vector):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(net.matrix, before * (1 - 0.01 * 0.5))
+
+
+def test_a_decay_that_an_optimiser_lacks_is_refused() -> None:
+    OptimizerConfig("torch.optim.Rprop", weight_decay=0.0).validate()
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig("torch.optim.Rprop").validate()
+    assert caught.value.key == "model.optimizer.weight_decay"
+
+
+def test_options_may_ask_for_the_other_decay() -> None:
+    config = OptimizerConfig("torch.optim.NAdam", options={"decoupled_weight_decay": False})
+    assert not make_optimizer(Net(), config).param_groups[0]["decoupled_weight_decay"]
+
+
 @pytest.mark.parametrize("key", ["lr", "weight_decay", "betas"])
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "torch.optim.SGD"])
 def test_no_option_is_passed_over_for_a_key_of_its_own(name: str, key: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,8 @@ class OptimizerConfig:
             options.
         weight_decay: Decoupled weight decay (times lr) of all parameters with two or more
             dimensions: the kernels of linear layers, the embedding, the tables of local position
-            biases. Norms, scales and the memory's own numbers do not decay.
+            biases. Norms, scales and the memory's own numbers do not decay. An optimiser by import
+            path that knows no decoupled decay (SGD, RMSprop) applies its own, mostly L2.
         schedule: Learning-rate schedule after the linear warm-up: constant, cosine or rsqrt.
         warmup_steps: Length of the linear warm-up in steps.
         total_steps: Step at which the cosine schedule ends. Default: trainer.max_steps.
@@ -88,6 +90,9 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
         kind = self.kind()
+        if self.weight_decay and not takes(kind, "weight_decay"):
+            remedy = f"{kind.__name__} has no weight decay; set 0"
+            raise ConfigError(prefix + "weight_decay", self.weight_decay, remedy)
         for key in ("lr", "weight_decay", *(("betas",) if self.has_betas else ())):
             if key in self.options:
                 remedy = f"{key} has a key of its own; set {prefix}{key}"
@@ -150,9 +155,17 @@ class OptimizerConfig:
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimiser over groups of parameters."""
-        betas = {"betas": self.betas} if self.has_betas else {}
+        ours: dict[str, Any] = {"betas": self.betas} if self.has_betas else {}
         make: Callable[..., Optimizer] = self.kind()
-        return make(groups, lr=self.lr, **{**betas, **self.options})
+        if "decoupled_weight_decay" in signature(make).parameters:
+            ours["decoupled_weight_decay"] = True
+        return make(groups, lr=self.lr, **{**ours, **self.options})
+
+
+def takes(kind: type[Optimizer], argument: str) -> bool:
+    """Whether a class takes an argument, as far as its signature tells."""
+    parameters = signature(kind).parameters
+    return argument in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 
 def is_of_memory(name: str) -> bool:
