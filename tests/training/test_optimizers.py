@@ -302,7 +302,13 @@ def test_any_optimiser_by_its_class_with_our_groups(
         ({"name": "torch.nn.Linear"}, "model.optimizer.name"),
         ({"name": "no.such.Optimizer"}, "model.optimizer.name"),
         ({"name": "."}, "model.optimizer.name"),
-        ({"name": "torch.optim.LBFGS"}, "model.optimizer.options"),
+        ({"name": "torch.optim.LBFGS", "weight_decay": 0.0}, "model.optimizer.options"),
+        ({"name": "torch.optim.Muon"}, "model.optimizer.name"),
+        ({"name": "torch.optim.SparseAdam", "weight_decay": 0.0}, "model.optimizer.name"),
+        *(
+            ({"name": "muon", "options": options}, "model.optimizer.options")
+            for options in ({"momentum": 2.0}, {"momentum": -0.1}, {"ns_steps": 0})
+        ),
         ({"options": {"momentum": 0.9}}, "model.optimizer.options"),
         ({"options": {"eps": -1.0}}, "model.optimizer.options"),
         ({"name": "torch.optim.SGD", "betas": (0.5, 0.5)}, "model.optimizer.betas"),

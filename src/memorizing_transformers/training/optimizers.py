@@ -90,6 +90,11 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
         kind = self.kind()
+        if issubclass(kind, (torch.optim.Muon, torch.optim.SparseAdam)):
+            remedy = "takes matrices alone; set muon, which leaves the others to AdamW"
+            if not issubclass(kind, torch.optim.Muon):
+                remedy = "takes sparse gradients alone, and there are none here; set adamw"
+            raise ConfigError(prefix + "name", self.name, remedy)
         if self.weight_decay and not takes(kind, "weight_decay"):
             remedy = f"{kind.__name__} has no weight decay; set 0"
             raise ConfigError(prefix + "weight_decay", self.weight_decay, remedy)
