@@ -8,9 +8,9 @@ autograd refuses them on a build without CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -58,7 +58,12 @@ class Away(Tensor):
         away.held = held
         return away
 
+    watching: ClassVar[list[Callable[[str], None]]] = []
+    """Told of what asks for numbers without a dispatch."""
+
     def tolist(self) -> Any:
+        for watch in Away.watching:
+            watch("tolist")
         return self.held.tolist()
 
     __torch_function__ = torch._C._disabled_torch_function_impl

@@ -55,10 +55,22 @@ class Waits(TorchDispatchMode):
         """What is noted with a wait; for the caller to count."""
         self.seen: list[Wait] = []
 
+    def __enter__(self) -> Waits:
+        Away.watching.append(self._note)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        Away.watching.remove(self._note)
+        super().__exit__(*error)
+
+    def _note(self, what: str) -> None:
+        self.seen.append(Wait(self.step, what, _place(sys._getframe())))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         what = self._reason(func, args, kwargs or {})
         if what is not None:
-            self.seen.append(Wait(self.step, what, _place(sys._getframe())))
+            self._note(what)
         return func(*args, **(kwargs or {}))
 
     @staticmethod

@@ -8,7 +8,9 @@ from peak import Peak
 from slow_ring import HEADS, WIDTH, SlowRow, assert_same, random_segment, write_to_both
 from two_devices import AWAY, two_devices
 
-from memorizing_transformers.memory import Memory, loading
+from memorizing_transformers.memory import Memory, MemoryBank, XLCache, loading
+from memorizing_transformers.memory.placed import PlacedMemory
+from memorizing_transformers.pretrained.sink_cache import SinkCache
 
 
 def test_a_checkpoint_from_before_pairs_could_be_dropped_is_read() -> None:
@@ -135,3 +137,63 @@ def test_loading_takes_room_for_one_block_beside_the_ring(
     # Keys and values of a block, while one of them is made; and numbers of each row.
     assert peak.most - held <= 3 * 2**12 + 1024
     assert held > 20 * 2**12
+
+
+STORES = {
+    "memory": Memory,
+    "int8": lambda *shape: Memory(*shape, torch.int8),
+    "placed": PlacedMemory,
+    "cache": XLCache,
+    "sinks": SinkCache,
+}
+
+
+@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("in_bank", [False, True], ids=["alone", "in a bank"])
+def test_what_does_not_fit_is_refused_before_anything_is_written(kind: str, in_bank: bool) -> None:
+    """Any tensor of another shape but for its slots, or none; also in the last store."""
+
+    def filled(rows: int = 2, heads: int = 4, size: int = 8, width: int = 6) -> Memory | XLCache:
+        store: Memory | XLCache = STORES[kind](rows, heads, size, width)
+        store.write(*torch.randn(2, rows, heads, 5, width))
+        return store
+
+    own = filled()
+    first = Memory(2, 4, 8, 6)
+    keeps = (
+        {"memories": {0: first}} if isinstance(own, XLCache) else {"memories": {0: first, 1: own}}
+    )
+    if isinstance(own, XLCache):
+        keeps["caches"] = {1: own}
+    bank = MemoryBank(2, **keeps)
+    prefix = "cache.1" if isinstance(own, XLCache) else "memory.1"
+    before = {name: tensor.clone() for name, tensor in bank.tensors().items()}
+    good = filled(size=11).tensors()
+    other_first = Memory(2, 4, 8, 6)
+    other_first.write(*torch.randn(2, 2, 4, 3, 6))
+
+    def load(tensors: dict[str, torch.Tensor]) -> None:
+        if not in_bank:
+            own.load(tensors)
+            return
+        named = {f"memory.0.{name}": tensor for name, tensor in other_first.tensors().items()}
+        bank.load({**named, **{f"{prefix}.{name}": tensor for name, tensor in tensors.items()}})
+
+    def refused(tensors: dict[str, torch.Tensor], named: str) -> None:
+        with pytest.raises(ValueError, match=named):
+            load(tensors)
+        for name, tensor in bank.tensors().items():
+            assert torch.equal(tensor, before[name]), name
+
+    for wrong in ({"heads": 1}, {"heads": 8}, {"width": 1}, {"width": 7}):
+        refused(filled(**wrong).tensors(), r"keys of shape .* must be of shape \(2, 4, 8, 6\)")
+    refused({name: x[:1] for name, x in good.items()}, r"of shape|got 1 rows")
+    for name, tensor in good.items():
+        if name != "oldest":
+            refused({key: x for key, x in good.items() if key != name}, f"no {name}")
+        for dim in range(tensor.ndim):
+            slots = tensor.ndim > 1 and dim == min(2, tensor.ndim - 1)
+            # The first store tells the number of slots, and the first pairs have their own.
+            if not slots or name in ("values", "steps"):
+                refused({**good, name: tensor.narrow(dim, 0, 1)}, f"{name} of shape|got 1 rows")
+    load(good)

@@ -13,6 +13,7 @@ from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.training.optimizers import (
     OptimizerConfig,
+    is_memory_number,
     lr_factor,
     make_optimizer,
     make_schedule,
@@ -186,6 +187,83 @@ def test_any_finite_rate_of_the_memory_is_accepted(factor: float) -> None:
     OptimizerConfig(memory_lr_factor=factor).validate()
 
 
+DECOUPLED = ["adamw", "muon", "adafactor"]
+DECOUPLED += [f"torch.optim.{kind}" for kind in ("Adam", "AdamW", "NAdam", "RAdam", "Adafactor")]
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_the_decay_is_a_share_of_each_weight(name: str) -> None:
+    """Times the learning rate, whatever the gradients: of large weights as of small ones."""
+    net = Net()
+    with torch.no_grad():
+        net.matrix[0] = 10.0
+    optimizer = make_optimizer(net, OptimizerConfig(name, lr=0.01, weight_decay=0.5))
+    before = net.matrix.detach().clone()
+    for parameter in (net.matrix, net.vector):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(net.matrix, before * (1 - 0.01 * 0.5))
+
+
+def test_a_decay_that_an_optimiser_lacks_is_refused() -> None:
+    OptimizerConfig("torch.optim.Rprop", weight_decay=0.0).validate()
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig("torch.optim.Rprop").validate()
+    assert caught.value.key == "model.optimizer.weight_decay"
+
+
+def test_options_may_ask_for_the_other_decay() -> None:
+    config = OptimizerConfig("torch.optim.NAdam", options={"decoupled_weight_decay": False})
+    assert not make_optimizer(Net(), config).param_groups[0]["decoupled_weight_decay"]
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "betas"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "torch.optim.SGD"])
+def test_no_option_is_passed_over_for_a_key_of_its_own(name: str, key: str) -> None:
+    value = (0.5, 0.5) if key == "betas" else 0.5
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig(name, options={key: value}).validate()
+    assert caught.value.key == "model.optimizer.options"
+    own = key != "betas" or name in ("adamw", "muon")
+    assert (f"set model.optimizer.{key}" in str(caught.value)) == own
+
+
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
+@pytest.mark.parametrize("lr", [0.01, 1.0])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 10.0])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_the_memorys_numbers_move_by_a_multiple_in_every_step(
+    name: str, factor: float, lr: float, schedule: Any
+) -> None:
+    """Also where the optimiser bounds the rate, as Adafactor does."""
+    moves = []
+    for multiple in (1.0, factor):
+        torch.manual_seed(0)
+        net = Transformer(ModelConfig(23, 16, 2, 4, memory={"size": 8, "top_k": 2}))
+        settings: dict[str, Any] = {"lr": lr, "schedule": schedule, "warmup_steps": 3}
+        config = OptimizerConfig(name, memory_lr_factor=multiple, weight_decay=0.0, **settings)
+        optimizer = make_optimizer(net, config)
+        rates = make_schedule(optimizer, config, 12)
+        gate = next(p for n, p in net.named_parameters() if is_memory_number(n))
+        moves.append([])
+        for step in range(12):
+            with torch.no_grad():
+                gate.fill_(1.0)  # by which Adafactor scales its move
+            gate.grad = torch.full_like(gate, math.cos(step))
+            optimizer.step()
+            rates.step()
+            moves[-1].append((gate.detach() - 1.0).mean().item())
+    for one, many in zip(*moves, strict=True):
+        assert many == pytest.approx(factor * one, rel=1e-3, abs=1e-6)
+
+
+def test_a_multiple_that_an_optimiser_would_bound_is_refused() -> None:
+    OptimizerConfig("torch.optim.Adafactor").validate()
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig("torch.optim.Adafactor", memory_lr_factor=10).validate()
+    assert caught.value.key == "model.optimizer.memory_lr_factor"
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [
@@ -224,7 +302,13 @@ def test_any_optimiser_by_its_class_with_our_groups(
         ({"name": "torch.nn.Linear"}, "model.optimizer.name"),
         ({"name": "no.such.Optimizer"}, "model.optimizer.name"),
         ({"name": "."}, "model.optimizer.name"),
-        ({"name": "torch.optim.LBFGS"}, "model.optimizer.options"),
+        ({"name": "torch.optim.LBFGS", "weight_decay": 0.0}, "model.optimizer.options"),
+        ({"name": "torch.optim.Muon"}, "model.optimizer.name"),
+        ({"name": "torch.optim.SparseAdam", "weight_decay": 0.0}, "model.optimizer.name"),
+        *(
+            ({"name": "muon", "options": options}, "model.optimizer.options")
+            for options in ({"momentum": 2.0}, {"momentum": -0.1}, {"ns_steps": 0})
+        ),
         ({"options": {"momentum": 0.9}}, "model.optimizer.options"),
         ({"options": {"eps": -1.0}}, "model.optimizer.options"),
         ({"name": "torch.optim.SGD", "betas": (0.5, 0.5)}, "model.optimizer.betas"),

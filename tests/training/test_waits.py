@@ -139,3 +139,25 @@ def test_lightning_does_not_warn_of_the_copy_of_a_batch(texts: Path) -> None:
         drop_unwanted_messages()
         make_trainer(max_steps=1).fit(make_module(), datamodule=make_data(texts))
     assert not [one for one in said if "transfer_batch_to_device" in str(one.message)]
+
+
+ASKED: dict[str, Any] = {
+    "tolist": lambda x: x.tolist(),
+    "item": lambda x: x[0].item(),
+    "bool": lambda x: bool(x[0]),
+    "list": lambda x: [float(one) for one in x[:1]],
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: x.equal(x + 1),
+    "mask": lambda x: x[x > 0],
+    "copy": lambda x: x.cpu(),
+}
+
+
+@pytest.mark.parametrize("way", ASKED)
+def test_each_way_to_ask_for_numbers_is_seen_once(way: str) -> None:
+    with two_devices("cuda"):
+        x = torch.ones(3, device=AWAY)
+        with Waits() as waits:
+            ASKED[way](x)
+        ASKED[way](x)
+    assert len(waits.seen) == 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import XLCache
+from .loading import check_loadable
 from .ring import Memory
 from .view import MemoryView, Readable
 
@@ -165,18 +166,25 @@ class MemoryBank:
         Sizes may differ; a memory or cache that the other bank lacked stays as it is.
 
         Raises:
-            ValueError: where ``tensors`` hold another number of rows.
+            ValueError: where ``tensors`` hold another number of rows, or do not fit a memory or a
+                cache; nothing is written then.
         """
         for tensor in tensors.values():
             self._check_rows(tensor.shape[0])
-        for prefix, store in self._named_stores().items():
-            own = {
+        stores = self._named_stores()
+        given = {
+            prefix: {
                 name.removeprefix(f"{prefix}."): tensor
                 for name, tensor in tensors.items()
                 if name.startswith(f"{prefix}.")
             }
-            if own:
-                store.load(own)
+            for prefix in stores
+        }
+        given = {prefix: own for prefix, own in given.items() if own}
+        for prefix, own in given.items():
+            check_loadable(own, stores[prefix].tensors(), prefix)
+        for prefix, own in given.items():
+            stores[prefix].load(own)
 
     def nbytes(self) -> int:
         """Bytes held, on whichever device."""

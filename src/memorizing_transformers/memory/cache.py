@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .loading import check_loadable
 from .rows import RowStore
 
 
@@ -84,7 +85,12 @@ class XLCache(RowStore):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``tensors`` gave; a smaller cache keeps the newest tokens."""
+        """Take over what ``tensors`` gave; a smaller cache keeps the newest tokens.
+
+        Raises:
+            ValueError: where ``tensors`` are of other rows, heads or widths; nothing is written.
+        """
+        check_loadable(tensors, self.tensors(), "cache")
         old_size = tensors["keys"].shape[2]
         kept = min(self.size, old_size)
         for name in ("keys", "values"):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .storage import converted
+from .storage import SCALES, converted
 
 if TYPE_CHECKING:
     from .ring import Memory
@@ -18,6 +19,44 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 16 * 2**20
 """Of the keys or the values of a block, in fp32. Converting them needs so much room, and so may
 copying them to a device."""
+
+
+def check_loadable(given: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:
+    """Refuse, before anything is written, what does not fit a memory or a cache.
+
+    A copy would broadcast one head to all, or fail where counts are set and pairs are not.
+
+    Args:
+        given: what ``tensors`` of a store gave; only the number of its slots may be another.
+        own: the same of the store that is to take it over.
+        name: of the store, for the message.
+
+    Raises:
+        ValueError: naming what does not fit, with both shapes.
+    """
+    wanted = {key: tensor.shape for key, tensor in own.items() if key not in SCALES.values()}
+    for key, scales in SCALES.items():
+        if key in given and given[key].dtype == torch.int8:
+            wanted[scales] = wanted[key][:3]
+    slots: int | None = None
+    for key, shape in wanted.items():
+        if key not in given:
+            if key == "oldest":  # checkpoints of earlier versions know of no dropped pairs
+                continue
+            raise ValueError(f"{name}: no {key} among {[*given]}; give all that tensors() names")
+        fits: list[int | str] = [*shape]
+        found = [*given[key].shape]
+        if len(shape) > 1:
+            at = min(2, len(shape) - 1)
+            # The first pairs that a cache keeps have a number of their own.
+            own_number = key.startswith("first_")
+            fits[at] = "any" if own_number or slots is None else slots
+            if len(found) == len(shape):
+                slots = slots if own_number or slots is not None else found[at]
+                fits[at] = found[at] if fits[at] == "any" else fits[at]
+        if found != fits:
+            must = ", ".join(str(size) for size in fits)
+            raise ValueError(f"{name}: {key} of shape {(*found,)} must be of shape ({must})")
 
 
 class Block(NamedTuple):

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from .loading import copy_pairs
+from .loading import check_loadable, copy_pairs
 from .slots import Slots
 from .snapshot import Snapshot
 from .storage import SCALES, quantize, restore
@@ -165,7 +165,11 @@ class Memory(Slots):
         """Take over what ``tensors`` gave, also from a memory of another size or storage dtype.
 
         A smaller memory keeps the newest pairs.
+
+        Raises:
+            ValueError: where ``tensors`` are of other rows, heads or widths; nothing is written.
         """
+        check_loadable(tensors, self.tensors(), "memory")
         if self._snapshots:
             # Backward passes that may still come read the old stores.
             for name in (*SCALES, *SCALES.values()):

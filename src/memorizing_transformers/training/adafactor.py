@@ -30,7 +30,8 @@ def _root_mean_square(x: Tensor) -> Tensor:
 class Adafactor(torch.optim.Adafactor):
     """``torch.optim.Adafactor``, equal to rounding; ``foreach`` is not used.
 
-    Its arguments are those of torch's.
+    Its arguments are those of torch's. A group may have ``lr_factor``: its ``lr`` is so many times
+    that of the others, and so is the bound 1 / sqrt(step) on it.
     """
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ class Adafactor(torch.optim.Adafactor):
         step, (least, least_size) = state["step"].item(), group["eps"]
         least = torch.finfo(parameter.dtype).eps if least is None else least
         newest = step ** group["beta2_decay"]
-        rate = min(group["lr"], step**-0.5)
+        rate = min(group["lr"], group.get("lr_factor", 1.0) * step**-0.5)
         size = _root_mean_square(parameter).clamp(min=least_size) * rate
 
         if group["weight_decay"]:

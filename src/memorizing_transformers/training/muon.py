@@ -112,6 +112,10 @@ class MuonWithAdamW(Optimizer):
         ns_steps: int = 5,
         eps: float = 1e-8,
     ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum = {momentum}: must lie in [0, 1)")
+        if ns_steps < 1:
+            raise ValueError(f"ns_steps = {ns_steps}: must be at least 1")
         groups = list(params)
         for group in groups:
             group.setdefault("matrices", False)

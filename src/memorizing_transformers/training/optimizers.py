@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,8 @@ class OptimizerConfig:
             options.
         weight_decay: Decoupled weight decay (times lr) of all parameters with two or more
             dimensions: the kernels of linear layers, the embedding, the tables of local position
-            biases. Norms, scales and the memory's own numbers do not decay.
+            biases. Norms, scales and the memory's own numbers do not decay. An optimiser by import
+            path that knows no decoupled decay (SGD, RMSprop) applies its own, mostly L2.
         schedule: Learning-rate schedule after the linear warm-up: constant, cosine or rsqrt.
         warmup_steps: Length of the linear warm-up in steps.
         total_steps: Step at which the cosine schedule ends. Default: trainer.max_steps.
@@ -88,6 +90,23 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
         kind = self.kind()
+        if issubclass(kind, (torch.optim.Muon, torch.optim.SparseAdam)):
+            remedy = "takes matrices alone; set muon, which leaves the others to AdamW"
+            if not issubclass(kind, torch.optim.Muon):
+                remedy = "takes sparse gradients alone, and there are none here; set adamw"
+            raise ConfigError(prefix + "name", self.name, remedy)
+        if self.weight_decay and not takes(kind, "weight_decay"):
+            remedy = f"{kind.__name__} has no weight decay; set 0"
+            raise ConfigError(prefix + "weight_decay", self.weight_decay, remedy)
+        for key in ("lr", "weight_decay", *(("betas",) if self.has_betas else ())):
+            if key in self.options:
+                remedy = f"{key} has a key of its own; set {prefix}{key}"
+                raise ConfigError(prefix + "options", self.options, remedy)
+        bounded = issubclass(kind, torch.optim.Adafactor) and self.name != "adafactor"
+        if bounded and self.memory_lr_factor != 1:
+            remedy = f"does not reach behind the bound of {self.name} on its rate; set "
+            remedy += f"{prefix}name=adafactor, or 1"
+            raise ConfigError(prefix + "memory_lr_factor", self.memory_lr_factor, remedy)
         try:
             self.build([{"params": [nn.Parameter(torch.zeros(n, n))]} for n in (1, 2)])
         except (TypeError, ValueError, RuntimeError) as error:
@@ -141,9 +160,17 @@ class OptimizerConfig:
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimiser over groups of parameters."""
-        betas = {"betas": self.betas} if self.has_betas else {}
+        ours: dict[str, Any] = {"betas": self.betas} if self.has_betas else {}
         make: Callable[..., Optimizer] = self.kind()
-        return make(groups, lr=self.lr, **{**betas, **self.options})
+        if "decoupled_weight_decay" in signature(make).parameters:
+            ours["decoupled_weight_decay"] = True
+        return make(groups, lr=self.lr, **{**ours, **self.options})
+
+
+def takes(kind: type[Optimizer], argument: str) -> bool:
+    """Whether a class takes an argument, as far as its signature tells."""
+    parameters = signature(kind).parameters
+    return argument in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 
 def is_of_memory(name: str) -> bool:
@@ -182,6 +209,9 @@ def parameter_groups(
     if config.memory_lr_factor != 1:
         rate = config.lr * config.memory_lr_factor
         groups.append({"params": [], "weight_decay": 0.0, "lr": rate})
+        if config.name == "adafactor":
+            # Which bounds the rate: a multiple of lr alone would end at the bound of the others.
+            groups[-1]["lr_factor"] = config.memory_lr_factor
     with_own_rate, with_muon = len(groups) > 2, config.name == "muon"
     if with_muon:
         groups.append({**groups[0], "params": [], "matrices": True})
