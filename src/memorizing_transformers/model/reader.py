@@ -44,7 +44,8 @@ class Retrieval(NamedTuple):
     """What a memory layer retrieved for one segment; on the device of the memory."""
 
     slots: Tensor
-    """(B, H, N, K) int64 slots of the row's memory, best first; meaningless where not ``valid``."""
+    """(B, H, N, K) int64 slots of the row's memory; meaningless where not ``valid``. As the search
+    orders them, which knows no biases: ``weights`` tell which count most."""
     valid: Tensor
     """(B, H, N, K) bool."""
     weights: Tensor
