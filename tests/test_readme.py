@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memorizing_transformers.__main__ import all_commands
 from memorizing_transformers.training.cli import MemoryCLI
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +105,21 @@ def test_other_commands_have_the_options_shown(arguments: list[str]) -> None:
     for option in arguments[1:]:
         assert not option.startswith("--") or option in shown
         assert not option.startswith("configs/") or (ROOT / option).exists()
+
+
+def test_switches_are_shown_without_a_value() -> None:
+    """On no page and in no comment: a command refuses it."""
+    switches = {
+        name
+        for command in all_commands().values()
+        for name, parameter in signature(command).parameters.items()
+        if parameter.default is False
+    }
+    assert "check" in switches
+    shown = re.compile(rf"--({'|'.join(switches)})[ =](true|false)\b", re.IGNORECASE)
+    files = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/*.yaml")]
+    found = [(file.name, hit[0]) for file in files for hit in shown.finditer(file.read_text())]
+    assert not found
 
 
 def test_tensorboard_is_installed() -> None:

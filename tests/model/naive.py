@@ -214,7 +214,8 @@ def copied(
         source = sources["neighbours"]
         for head, (weights, places) in enumerate(found):
             nearest = model.config.memory.copy_top_k
-            weights, places = weights[:nearest], places[:nearest]
+            heaviest = weights.argsort(descending=True)[:nearest].tolist()
+            weights, places = weights[heaviest], [places[index] for index in heaviest]
             for kind in (0, 1):
                 logit = source.log_odds[kind, head] + source.hidden[kind] @ hidden
                 logit = logit + source.sharpness[kind, head] * weights.max().detach()

@@ -39,6 +39,9 @@ CASES += [
     {"combine": "gate", "copy": ["neighbours"], "xl_cache": 3},
     {"combine": "gate", "copy": ["neighbours", "repeats"], "copy_top_k": 2},
     {"combine": "gate", "copy": ["repeats"], "size": 12},
+    # What a bias prefers need not be what the search found first.
+    {"copy": ["neighbours"], "copy_top_k": 1, "match_length": 3, "size": 64, "top_k": 8},
+    {"copy": ["neighbours"], "copy_top_k": 2, "position_bias": "t5", "size": 64, "top_k": 8},
     {"combine": "evidence", "copy": ["neighbours", "repeats"], "match_length": 3, "size": 64},
 ]
 

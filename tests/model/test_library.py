@@ -17,7 +17,9 @@ from memorizing_transformers.generation.library import Library, adding, is_libra
 from memorizing_transformers.generation.remembered import join
 from memorizing_transformers.generation.session import Session
 from memorizing_transformers.generation.sources import Sources
+from memorizing_transformers.memory import Memory, MemoryView
 from memorizing_transformers.memory.search.recall import measured_recall
+from memorizing_transformers.model.matching import match_lengths
 
 N, SIZE = 8, 512
 DOCUMENTS = [random_tokens(1, length, seed) for seed, length in enumerate((70, 5, 133))]
@@ -62,6 +64,97 @@ def joined(model: Any, documents: list[Tensor]) -> Tensor:
         sessions[-1].read(ids)
     whole, _ = join(sessions, [""] * len(sessions), SIZE)
     return torch.cat([out.logits for _, out in whole.parts(PROMPT)], 1)
+
+
+BIASES: list[dict[str, Any]] = [
+    {"position_bias": "t5", "bias_buckets": 8},
+    {"position_bias": "log"},
+    {"position_bias": "learned-absolute", "bias_buckets": 8},
+    {"match_length": 6},
+    {"match_length": 6, "position_bias": "log", "combine": "evidence"},
+]
+
+
+@pytest.mark.parametrize("settings", BIASES, ids=str)
+def test_biases_of_a_document_do_not_depend_on_those_that_are_added(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_of(**settings)
+    # The added one ends in what comes before the matches, so it would make them longer.
+    documents = [torch.cat([DOCUMENTS[0], PROMPT[:, :11]], 1), DOCUMENTS[2][:, :50]]
+    ends = [random_tokens(1, 60, 5), torch.cat([DOCUMENTS[1], DOCUMENTS[0][:, -9:]], 1)]
+    found = []
+    for number, end in enumerate([[], ends[:1], ends[1:], ends]):
+        library = add(tmp_path / str(number), model, [*documents, *end], 400 + 100 * number)
+        session = Session(model, 1, N)
+        library.attach(session)
+        bank, reader = session.bank, model.layers[-1].attention.reader
+        shelf = MemoryView(bank.memories[1].library, [0])
+        slots = torch.arange(sum(ids.shape[1] for ids in documents)).expand(1, 4, N, -1)
+        for part in PROMPT[:, : 2 * N].split(N, 1):
+            bias, lengths = reader.biases(part, shelf, slots, bank.memories[1])
+            found.append((bias, bias if lengths is None else lengths))
+            session.read(part)
+    if model.config.memory.match_length:
+        assert int(found[1][1].max()) == 6
+    for number, (bias, lengths) in enumerate(found):
+        assert torch.equal(bias, found[number % 2][0])
+        assert torch.equal(lengths, found[number % 2][1])
+
+
+def test_the_reader_tells_a_library_from_the_rows_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(match_length=6)
+    library = add(tmp_path / "library", model, DOCUMENTS)
+    session = Session(model, 1, N)
+    library.attach(session)
+    own = session.bank.memories[1]
+    reader, asked = model.layers[-1].attention.reader, []
+    plain = reader.biases
+
+    def biases(ids: Tensor, memory: Any, slots: Tensor, read: Any = None) -> Any:
+        asked.append((memory.base is own.library, read is None or read.base is own))
+        assert (read is None) == (memory.base is own.base)
+        return plain(ids, memory, slots, read)
+
+    monkeypatch.setattr(reader, "biases", biases)
+    session.read(PROMPT)
+    assert {*asked} == {(False, True), (True, True)}
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_matches_in_a_library_are_with_what_the_row_has_read(shift: int) -> None:
+    generator, longest, size = torch.Generator().manual_seed(0), 5, 40
+
+    def filled(count: int, room: int) -> tuple[Memory, list[int]]:
+        memory = Memory(1, 1, room, 2)
+        ids = torch.randint(0, 2, (1, count), generator=generator)
+        for part in ids.split(4, 1) if count else ():
+            pairs = torch.zeros(1, 1, part.shape[1], 2)
+            memory.write(pairs, pairs, None, part)
+        return memory, ids[0].tolist()
+
+    seen = set()
+    for read in (0, 3, 30):
+        own, before = filled(read, 12)
+        shelf, stored = filled(size, size)
+        ids = torch.randint(0, 2, (1, 6), generator=generator)
+        slots = torch.arange(size).expand(1, 1, 4, size)  # the last 4 of an open segment
+        rows = MemoryView(shelf, [0])
+        lengths = match_lengths(ids, rows, slots, longest, shift, own)
+        text = before[-12:] + ids[0].tolist()
+        for token in range(4):
+            now = len(text) - 4 + token
+            for slot in range(size):
+                length, then = 0, slot - shift
+                while length < longest and min(now, then) >= length:
+                    if text[now - length] != stored[then - length]:
+                        break
+                    length += 1
+                assert lengths[0, 0, token, slot] == length
+                seen.add(length)
+    assert seen == {*range(longest + 1)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

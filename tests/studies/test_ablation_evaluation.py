@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,48 @@ def test_every_setting_of_the_memorys_weights_is_known() -> None:
     assert {f"memory.{name}" for name in known} == {*OF_MEMORY}
 
 
-def test_weights_of_another_shape_are_refused(saved: Any) -> None:
-    other = Transformer(ModelConfig(vocab_size=16, d_model=8, num_layers=2, num_heads=2, d_ff=8))
-    with pytest.raises(UserError, match="feed_forward"):
-        load_weights(other, saved(net(1)), fresh_memory=True)
+OTHER: dict[str, Any] = {
+    "vocab_size": 17,
+    "d_model": 16,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 2,
+    "d_ff": 8,
+    "activation": "relu2",
+    "value_residual": True,
+    "embedding_shortcut": True,
+    "qk_norm": False,
+    "relative_buckets": 16,
+    "relative_max_distance": 64,
+}
+"""By setting of the base model on which its weights depend, a value that ``net`` does not have."""
+
+
+def test_every_setting_of_the_base_model_is_tried() -> None:
+    assert {key for key in net(1).architecture() if not key.startswith("memory.")} == {*OTHER}
+
+
+@pytest.mark.parametrize("fresh_memory", [True, False], ids=["train", "evaluate"])
+@pytest.mark.parametrize("key", OTHER)
+def test_weights_of_another_architecture_are_refused(
+    saved: Any, key: str, fresh_memory: bool
+) -> None:
+    """Also where names and shapes are the same."""
+    source = net(1)
+    target = Transformer(replace(source.config, **{key: OTHER[key]}))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    line = rf"^from: .*model\.{key} = {OTHER[key]!r} \(there: "
+    with pytest.raises(UserError, match=line):
+        load_weights(target, saved(source), fresh_memory=fresh_memory)
+    assert all(torch.equal(before[name], x) for name, x in target.state_dict().items())
+
+
+def test_a_setting_that_came_after_the_checkpoint_had_its_default(saved: Any) -> None:
+    source = net(1)
+    old = {k: v for k, v in source.architecture().items() if k != "activation"}
+    source.architecture = lambda: old  # type: ignore[method-assign]
+    load_weights(net(2), saved(source), fresh_memory=False)
+    squared = Transformer(replace(source.config, activation="relu2"))
+    with pytest.raises(UserError, match=r"activation = 'relu2' \(there: 'relu'\)"):
+        load_weights(squared, saved(source), fresh_memory=False)

@@ -198,11 +198,15 @@ def test_a_budget_of_minutes_limits_the_time(base: Path, tmp_path: Path) -> None
     ("change", "run", "said"),
     [
         ({"model.memory.combine": "joint-bias"}, "evaluate", "'joint-bias' (there: 'evidence')"),
-        ({"model.value_residual": True}, "evaluate", "lacks "),
-        ({"model.d_model": 48}, "train", "another shape of"),
+        ({"model.value_residual": True}, "evaluate", "model.value_residual = True (there: False)"),
+        ({"model.d_model": 48}, "train", "model.d_model = 48 (there: "),
         ({"model.memory.copy": ["repeats"]}, "evaluate", "lacks"),
+        ({"model.activation": "relu2"}, "evaluate", "model.activation = 'relu2' (there: 'relu')"),
+        ({"model.activation": "relu2"}, "train", "model.activation = 'relu2' (there: 'relu')"),
+        ({"model.relative_max_distance": 256}, "train", "model.relative_max_distance = 256"),
+        ({"model.vocab_size": 999}, "train", "another shape of embedding.weight"),
     ],
-    ids=["meaning", "base", "shape", "copies"],
+    ids=["meaning", "base", "shape", "copies", "function", "trained", "distance", "vocabulary"],
 )
 def test_weights_that_a_variant_cannot_take_over_are_named_before_any_training(
     base: Path, tmp_path: Path, change: dict[str, Any], run: str, said: str

@@ -228,8 +228,11 @@ def check(plan: Plan) -> dict[str, dict[str, Any]]:
         net, source = nets[variant.name], nets.get(variant.source or "")
         if net is None or source is None:
             continue
+        architecture = source.architecture()
+        # Of a vocabulary that is not known yet, only the run can tell.
+        architecture["vocab_size"] = net.architecture()["vocab_size"]
         try:
-            matching(net, source.state_dict(), source.architecture(), variant.run == "train")
+            matching(net, source.state_dict(), architecture, variant.run == "train")
         except UserError as error:
             raise UserError(f"variants.{variant.name}.{error}") from error
     return found

@@ -15,6 +15,7 @@ from memorizing_transformers.model.renamed import with_current_names
 from memorizing_transformers.training.checkpoint.export import TOKENIZER_KEY, is_packed
 from memorizing_transformers.training.checkpoint.folder import open_checkpoint
 from memorizing_transformers.training.checkpoint.resume import ARCHITECTURE_KEY
+from memorizing_transformers.training.checkpoint.weights import of_another_architecture
 from memorizing_transformers.training.optimizers import is_of_memory
 
 PART_OF_READER = {
@@ -66,7 +67,7 @@ def matching(
     Args:
         net: the network.
         saved: weights by name; only names and shapes are looked at.
-        architecture: of the network that had them.
+        architecture: of the network that had them; outside the memory it must be the same.
         fresh_memory: whether the memory's parameters that ``saved`` lacks, or that mean something
             else there, may keep their start.
 
@@ -74,9 +75,13 @@ def matching(
         UserError: naming the weights that do not fit or the settings that give them another
             meaning.
     """
-    own = net.state_dict()
+    own, ours = net.state_dict(), net.architecture()
+    differing = of_another_architecture(architecture, ours)
+    if differing:
+        remedy = "another architecture; set these as there, or let the variant train from the start"
+        raise UserError(f"from: {'; '.join(differing)}: {remedy}")
     named = [name for name in own if name in saved]
-    other = _of_another_meaning(named, architecture, net.architecture())
+    other = _of_another_meaning(named, architecture, ours)
     if other and not fresh_memory:
         remedy = "weights of the memory mean something else; let the variant train"
         raise UserError(f"from: {'; '.join(other)}: {remedy}")

@@ -120,7 +120,7 @@ class CompressedMemory(Callback):
             vars(reader).pop("retrieve", None)
 
     def _retrieve(
-        self, reader: Any, queries: Tensor, memory: Readable, input_ids: Tensor | None = None
+        self, reader: Any, queries: Tensor, memory: Readable, *_: Any
     ) -> tuple[MemoryAttention, Neighbours, Neighbours, None]:
         """What ``MemoryReader.retrieve`` returns; no single pair counts as retrieved."""
         batch, heads, segment, width = queries.shape

@@ -92,8 +92,8 @@ class MemoryConfig:
             (neighbours), and the tokens that followed where the last tokens occurred before in the
             memory and the segment (repeats). [] builds no copy head.
         copy_init: Initial weight of each of them, between 0 and 1.
-        copy_top_k: Number of neighbours of each head, the best first, whose tokens may be copied.
-            Fewer make a step faster. Default: top_k.
+        copy_top_k: Number of neighbours of each head, those it attends to most, whose tokens may be
+            copied. Fewer make a step faster. Default: top_k.
         dropout: Share of the rows that read no memory in a training step, drawn at random.
         dtype: Storage type of keys and values: float32, bfloat16, or int8 with one scale per
             vector. Run-time setting.

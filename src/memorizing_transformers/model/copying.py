@@ -66,7 +66,7 @@ def _bounded_exp(log_odds: Tensor) -> Tensor:
 
 
 class NeighbourCopies(nn.Module):
-    """The tokens of the best pairs that the memory layer's heads retrieved, and those after them.
+    """The tokens of the pairs that the memory layer's heads attend to most, and those after them.
 
     A head's candidates share its odds by its attention to them, so the loss also trains what its
     queries look for. Which of the two tokens a head's keys stand for is learned.
@@ -90,7 +90,15 @@ class NeighbourCopies(nn.Module):
         """(B, N, 2 H C), C the smaller of K and ``copy_top_k``."""
         memory, found = inputs.memory, inputs.found
         # A kernel may number a slot that is not valid beyond the memory's end.
-        slots = found.slots.masked_fill(~found.valid, 0)[..., : self.nearest]
+        slots = found.slots.masked_fill(~found.valid, 0)
+        facts: tuple[Tensor, ...] = ()
+        if self.nearest is not None and self.nearest < slots.shape[-1]:
+            # A search knows no biases, so its best pairs need not be those of the attention. Among
+            # equal ones its order holds.
+            weights = found.weights.detach()
+            ordered = weights.sort(stable=True, dim=-1, descending=True).indices
+            facts = (ordered[..., : self.nearest],)
+            slots = slots.gather(-1, facts[0])
         own = memory.token_ids.long()
         # The newest pair is followed by the segment's first token, which every query knows.
         newest = (memory.written - memory.origin - 1) % memory.size
@@ -100,11 +108,14 @@ class NeighbourCopies(nn.Module):
             [x.gather(1, slots.flatten(1)).view(slots.shape) for x in (own, after)]
         )
         tokens = tokens.permute(1, 3, 0, 2, 4).flatten(2)
-        return Candidates(tokens.to(inputs.hidden.device))
+        return Candidates(tokens.to(inputs.hidden.device), facts)
 
     def odds(self, inputs: CopyInputs, candidates: Candidates, own: OwnForecast) -> Tensor:
         """(B, N, 2 H C)."""
-        weights = inputs.found.weights[..., : self.nearest].to(inputs.hidden.device)
+        weights = inputs.found.weights
+        for kept in candidates.facts:
+            weights = weights.gather(-1, kept)
+        weights = weights.to(inputs.hidden.device)
         sharpness = weights.detach().amax(-1)
         start, slope = (x.float()[:, None, :, None] for x in (self.log_odds, self.sharpness))
         log_odds = start + slope * sharpness

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import (
-    Memory,
     MemoryAttention,
     MemoryView,
     Neighbours,
@@ -45,7 +44,8 @@ class Retrieval(NamedTuple):
     """What a memory layer retrieved for one segment; on the device of the memory."""
 
     slots: Tensor
-    """(B, H, N, K) int64 slots of the row's memory, best first; meaningless where not ``valid``."""
+    """(B, H, N, K) int64 slots of the row's memory; meaningless where not ``valid``. As the search
+    orders them, which knows no biases: ``weights`` tell which count most."""
     valid: Tensor
     """(B, H, N, K) bool."""
     weights: Tensor
@@ -100,6 +100,7 @@ class MemoryReader(nn.Module):
         super().__init__()
         self.num_kv_heads = num_kv_heads
         self.search = search
+        self.size = config.size
         self.top_k = config.top_k
         self.candidates = config.candidates
         self.dropout = config.dropout
@@ -119,29 +120,48 @@ class MemoryReader(nn.Module):
         """Bound of the scores, for a pretrained model that bounds its own."""
 
     def biases(
-        self, input_ids: Tensor | None, memory: Readable, slots: Tensor
+        self,
+        input_ids: Tensor | None,
+        memory: Readable,
+        slots: Tensor,
+        read: Readable | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to the scores of pairs (B, H, N, K) and their match lengths, if asked."""
+        """What is added to the scores of pairs (B, H, N, K) and their match lengths, if asked.
+
+        With ``read``, the rows' own memory, ``memory`` is its library.
+        """
         bias = lengths = None
         if self.bias is not None:
-            row = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
             # Of an open segment, the tokens that are read now are the last ones.
-            read = 0 if input_ids is None else input_ids.shape[1] - slots.shape[2]
-            here = torch.arange(read, read + slots.shape[2], device=slots.device)
-            here = memory.written[:, None] + here
-            distance = here[:, None, :, None] - memory.positions[row, slots]
-            bias = self.bias(distance, memory.age()[row, slots], memory.size)
+            first = 0 if input_ids is None else input_ids.shape[1] - slots.shape[2]
+            here = torch.arange(first, first + slots.shape[2], device=slots.device)
+            if read is None:
+                row = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
+                here = memory.written[:, None] + here
+                distance = here[:, None, :, None] - memory.positions[row, slots]
+                bias = self.bias(distance, memory.age()[row, slots], memory.size)
+            else:
+                # Wherever a document is in a library, it is as far away as the oldest pair that
+                # the memory could hold, so no document that is added changes another one's bias.
+                distance = here[:, None] + max(read.size, self.size)
+                distance = distance.expand_as(slots)
+                bias = self.bias(distance, torch.full_like(slots, read.size - 1), read.size)
         if self.match is not None:
             assert input_ids is not None
             ids = input_ids.to(slots.device)
             longest = self.match.longest
-            lengths = torch.stack([match_lengths(ids, memory, slots, longest, i) for i in (0, 1)])
+            both = [match_lengths(ids, memory, slots, longest, shift, read) for shift in (0, 1)]
+            lengths = torch.stack(both)
             matched = self.match(lengths)
             bias = matched if bias is None else bias + matched
         return bias, lengths
 
     def retrieve(
-        self, queries: Tensor, memory: Readable, input_ids: Tensor | None = None
+        self,
+        queries: Tensor,
+        memory: Readable,
+        input_ids: Tensor | None = None,
+        read: Readable | None = None,
     ) -> tuple[MemoryAttention, Neighbours, Neighbours, Tensor | None]:
         """Search with detached queries, attend with live ones.
 
@@ -151,6 +171,7 @@ class MemoryReader(nn.Module):
             memory: of these B rows.
             input_ids: the tokens of the segment up to these N, which are its last; only biases need
                 them.
+            read: the rows' own memory where ``memory`` is its library.
 
         Returns:
             the attention with its head dimensions as (B, H, N, ...), the pairs that were kept and
@@ -170,7 +191,7 @@ class MemoryReader(nn.Module):
         slots, valid = (x.reshape(shape) for x in neighbours)
         searched = Neighbours(slots, valid)
         safe = slots.masked_fill(~valid, 0)
-        bias, lengths = self.biases(input_ids, memory, safe)
+        bias, lengths = self.biases(input_ids, memory, safe, read)
         if self.candidates > 1 and bias is not None and slots.shape[-1] > self.top_k:
             with torch.no_grad():
                 asked = grouped(queries.detach()).float()
@@ -226,7 +247,7 @@ class MemoryReader(nn.Module):
         shelf = None
         if memory.library is not None:
             asked = queries if far is None else far
-            found, shelf = self._with_library(found, asked, memory.library, input_ids)
+            found, shelf = self._with_library(found, asked, memory, input_ids)
         read = found.found
         if self.training and self.dropout:
             spared = torch.rand(read.shape[0], device=read.device) >= self.dropout
@@ -245,11 +266,13 @@ class MemoryReader(nn.Module):
         return heads, retrieval
 
     def _with_library(
-        self, found: MemoryAttention, queries: Tensor, library: Memory, input_ids: Tensor | None
+        self, found: MemoryAttention, queries: Tensor, memory: Readable, input_ids: Tensor | None
     ) -> tuple[MemoryAttention, Shelf]:
-        """One softmax over what was found and the neighbours in a library."""
-        rows = MemoryView(library, [0] * queries.shape[0])
-        other, (slots, valid), _, _ = self.retrieve(queries.to(library.device), rows, input_ids)
+        """One softmax over what was found and the neighbours in the memory's library."""
+        assert memory.library is not None
+        rows = MemoryView(memory.library, [0] * queries.shape[0])
+        asked = queries.to(rows.device)
+        other, (slots, valid), _, _ = self.retrieve(asked, rows, input_ids, memory)
         other = MemoryAttention(*(part.to(found.output.device) for part in other))
         whole = merge([found, other])
         weights = whole.weights[..., -slots.shape[-1] :].detach()

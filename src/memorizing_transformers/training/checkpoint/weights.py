@@ -92,6 +92,25 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def of_another_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The settings outside the memory on which what weights mean depends and that differ.
+
+    Args:
+        saved: the architecture that the weights had; a setting that came later had its default.
+        ours: that of the network that is to have them.
+
+    Returns:
+        of each, its key and both values.
+    """
+    defaults = {key: value for key, value in ModelConfig().architecture().items() if key in ours}
+    saved = {**defaults, **saved}
+    return [
+        f"model.{key} = {ours.get(key)!r} (there: {saved.get(key)!r})"
+        for key in {**ours, **saved}
+        if not key.startswith("memory.") and saved.get(key) != ours.get(key)
+    ]
+
+
 def _refuse(folder: str, differing: list[str]) -> None:
     if differing:
         remedy = f"another architecture: {'; '.join(differing)}; set these as its run did"
@@ -118,14 +137,9 @@ def weights_for(net: MemorizingNet, folder: str, tokenizer: Any = None) -> dict[
     """
     weights = read_weights(folder)
     saved, ours = weights.config.architecture(), net.architecture()
-    _refuse(
-        folder,
-        [
-            f"model.{key} = {ours[key]!r} (there: {saved.get(key)!r})"
-            for key in ours
-            if not key.startswith("memory.") and saved.get(key) != ours[key]
-        ],
-    )
+    # A network of another class may know fewer settings.
+    known_here = {key: value for key, value in saved.items() if key in ours}
+    _refuse(folder, of_another_architecture(known_here, ours))
     known = weights.tokenizer is not None and tokenizer is not None
     if known and fingerprint_tokenizer(weights.tokenizer) != fingerprint_tokenizer(tokenizer):
         remedy = (
