@@ -9,7 +9,7 @@ import torch
 from build import VOCAB, random_tokens, small_model
 from torch import Tensor
 
-from memorizing_transformers.model import ModelConfig, copying, mixing
+from memorizing_transformers.model import GATES, ModelConfig, copying, mixing
 from memorizing_transformers.model.config import COPY_NAMES
 from memorizing_transformers.model.copying import COPIES, sum_by_token
 from memorizing_transformers.model.mixing import _MixIn, log_total
@@ -196,3 +196,30 @@ def test_tokens_that_will_be_read_must_be_written(reads: dict[str, Any]) -> None
     plain = small_model()
     bank = plain.new_memory(2)
     bank.commit(plain(ids, bank).pairs)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    *({"combine": combine} for combine in GATES),
+    *({"position_bias": bias} for bias in ("none", "log", "t5", "learned-absolute")),
+    {"copy": list(COPY_NAMES), "temperature": True, "match_length": 4},
+    {"value_residual": True, "embedding_shortcut": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_parameter_has_a_dimension(options: dict[str, Any]) -> None:
+    """FSDP2 shards no parameter without."""
+    for name, parameter in small_model(size=64, **options).named_parameters():
+        assert parameter.ndim > 0, name
+
+
+def test_weights_of_a_version_with_numbers_of_no_dimension_load() -> None:
+    model, other = (small_model(size=64, copy=list(COPY_NAMES)) for _ in range(2))
+    old = {
+        name: tensor.squeeze() if name.endswith((".slope", ".toward_likely")) else tensor + 1
+        for name, tensor in model.state_dict().items()
+    }
+    assert old["copy_head.sources.repeats.slope"].ndim == 0
+    other.load_state_dict(old)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor.reshape(old[name].shape), old[name]), name

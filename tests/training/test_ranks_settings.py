@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import command, scalars
 from test_ranks import on_one_rank, on_ranks, write_saving_config
+from test_resume_settings import rewrite, without_dimension
 
 STEPS = ["--final_report", "false", "--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"]
 STEPS += ["--trainer.limit_val_batches", "1"]
@@ -60,6 +61,22 @@ def test_two_ranks_take_over_what_one_does(
     assert states[0]["state"].keys() == states[1]["state"].keys() or strategy == "sharded"
     steps = [sorted(float(v["step"]) for v in state["state"].values()) for state in states]
     assert steps[0] == steps[1]
+
+
+def test_sharded_ranks_go_on_with_a_copy_head_of_an_earlier_version(
+    texts: Path, tmp_path: Path
+) -> None:
+    roots = [tmp_path / name for name in ("first", "one", "two")]
+    config = write_saving_config(tmp_path / "config.yaml", texts, roots[0], every=3)
+    given = ["fit", "--config", config, *STEPS, "--model.memory.copy", '["neighbours", "repeats"]']
+    on_one_rank(*given, "--trainer.max_steps", "3")
+    checkpoint = roots[0] / "version_0" / "checkpoints" / "step=3.ckpt"
+    rewrite(checkpoint, without_dimension)
+    given += ["--ckpt_path", checkpoint]
+    on_one_rank(*given, "--trainer.default_root_dir", roots[1])
+    on_ranks(2, *given, "--trainer.default_root_dir", roots[2], strategy="sharded")
+    one, two = (scalars(root / "version_0")["train/loss"] for root in roots[1:])
+    assert two == {step: pytest.approx(loss, rel=1e-3) for step, loss in one.items()}
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])

@@ -48,6 +48,18 @@ def forget_settings(folder: Path) -> Path:
     return rewrite(folder, lambda content: content.pop(SETTINGS_KEY))
 
 
+def without_dimension(content: dict[str, Any]) -> None:
+    """Weights and moments of a checkpoint as they were before all had a dimension."""
+    names = [n for n in content["state_dict"] if n.endswith((".slope", ".toward_likely"))]
+    assert len(names) == 2
+    for name in names:
+        content["state_dict"][name] = content["state_dict"][name].squeeze()
+    for state in content["optimizer_states"][0]["state"].values():
+        for key, value in state.items():
+            if value.shape == (1,):
+                state[key] = value.squeeze()
+
+
 OTHER: dict[str, Any] = {
     "name": "adafactor",
     "lr": 3e-3,
@@ -296,3 +308,15 @@ def test_a_checkpoint_that_lacks_later_settings_resumes(texts: Path, tmp_path: P
     assert again.losses.values == unbroken.losses.values[4:]
     with pytest.raises(UserError, match=r"memory\.copy"):
         Fit(texts, tmp_path / "other", 6, old, optimizer=COSINE, copy=["repeats"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_a_run_goes_on_whose_copy_head_had_numbers_of_no_dimension(
+    name: Any, texts: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"copy": ["repeats"], "optimizer": {"name": name, **COSINE}}
+    unbroken = Fit(texts, tmp_path / "unbroken", 6, **settings)
+    old = rewrite(unbroken.checkpoint(4), without_dimension)
+    again = Fit(texts, tmp_path / "again", 6, old, **settings)
+    assert again.losses.values == unbroken.losses.values[4:]
+    assert_alike(dict(again.module.state_dict()), dict(unbroken.module.state_dict()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memorizing_transformers.errors import UserError
 from memorizing_transformers.model import MemorizingNet, ModelConfig
-from memorizing_transformers.model.renamed import with_current_names
+from memorizing_transformers.model.renamed import as_today
 from memorizing_transformers.training.checkpoint.export import TOKENIZER_KEY, is_packed
 from memorizing_transformers.training.checkpoint.folder import open_checkpoint
 from memorizing_transformers.training.checkpoint.resume import ARCHITECTURE_KEY
@@ -124,5 +124,5 @@ def load_weights(
     weights = checkpoint["state_dict"]
     saved = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     architecture = checkpoint.get(ARCHITECTURE_KEY, {})
-    taken = matching(net, with_current_names(saved), architecture, fresh_memory)
+    taken = matching(net, as_today(saved), architecture, fresh_memory)
     net.load_state_dict(taken, strict=False)

@@ -146,8 +146,9 @@ class RepeatCopies(nn.Module):
         """By the longest match."""
         self.by_length = nn.Parameter(math.log(2) * lengths)
         """Log weight of a candidate by its match; at first a token more doubles it."""
-        self.slope = nn.Parameter(torch.zeros(()))
-        self.toward_likely = nn.Parameter(torch.zeros(()))
+        # Of one dimension each: FSDP2 shards no parameter without.
+        self.slope = nn.Parameter(torch.zeros(1))
+        self.toward_likely = nn.Parameter(torch.zeros(1))
         self.features = nn.Parameter(torch.zeros(4))
         self.hidden = nn.Parameter(torch.zeros(d_model))
 

@@ -35,11 +35,11 @@ from .mixing import CopyHead
 from .network import MemorizingNet, ModelOutput
 from .opaque_forecast import run_in_graph
 from .reader import MemoryReader, Retrieval
-from .renamed import with_current_names
+from .renamed import as_today
 
 
 def _rename(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    current = with_current_names(state_dict)
+    current = as_today(state_dict)
     state_dict.clear()
     state_dict.update(current)
 

@@ -88,6 +88,26 @@ def draws_a_bar(trainer: Any, callbacks: list[Any]) -> bool:
     return not any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
+def check_numbers(trainer: Any) -> None:
+    """Refuse numbers in the trainer's settings that fail only during a step.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    never = "trainer.limit_val_batches=0 validates never"
+    for key, least, remedy in (
+        ("accumulate_grad_batches", 1, "must be 1 or more"),
+        ("gradient_clip_val", 0, "must be above 0; leave it out to clip nothing"),
+        ("val_check_interval", 1, f"must be 1 batch or more, or a share of an epoch; {never}"),
+        ("check_val_every_n_epoch", 1, f"must be 1 or more; {never}"),
+    ):
+        value = trainer[key]
+        if isinstance(value, float) and key == "val_check_interval":
+            least = 0 if value > 0 else 1
+        if isinstance(value, int | float) and not value >= least:
+            raise ConfigError(f"trainer.{key}", value, remedy)
+
+
 class MemoryCLI(LightningCLI):
     """LightningCLI with the project's run folders, final table and one-line errors."""
 
@@ -146,12 +166,7 @@ class MemoryCLI(LightningCLI):
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         root = root_folder(config["trainer"])
         given = config["trainer"]
-        if given["accumulate_grad_batches"] < 1:
-            key = "trainer.accumulate_grad_batches"
-            raise ConfigError(key, given["accumulate_grad_batches"], "must be 1 or more")
-        if (given["gradient_clip_val"] or 0) < 0:
-            remedy = "must be above 0; leave it out to clip nothing"
-            raise ConfigError("trainer.gradient_clip_val", given["gradient_clip_val"], remedy)
+        check_numbers(given)
         if self.subcommand and config["trainer"]["logger"] in (None, True):
             checkpoint = config.get("ckpt_path")
             folder = run_folder(root, self.subcommand, checkpoint)

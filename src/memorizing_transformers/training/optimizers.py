@@ -267,6 +267,9 @@ def end_of_schedule(config: OptimizerConfig, max_steps: int) -> int:
     """
     total = config.total_steps or max_steps
     if config.schedule == "cosine" and total <= 0:
+        if max_steps == 0:
+            remedy = "cosine needs an end; give 1 or more, or set model.optimizer.total_steps"
+            raise ConfigError("trainer.max_steps", max_steps, remedy)
         remedy = "cosine needs an end: set it, or trainer.max_steps"
         raise ConfigError("model.optimizer.total_steps", config.total_steps, remedy)
     return total

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigError
 from ..model import MemorizingNet
-from ..model.renamed import with_current_names
+from ..model.renamed import as_today
 from .checkpoint import folder as checkpoints
 
 
@@ -86,7 +86,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Every rank takes its shard of the weights."""
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
-        weights = with_current_names(checkpoint["state_dict"])
+        weights: dict[str, Any] = {**as_today(checkpoint["state_dict"])}
         set_model_state_dict(self.model, weights, options=options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

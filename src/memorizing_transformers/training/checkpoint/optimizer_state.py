@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 from itertools import count, product
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from ...errors import ConfigError, UserError
 from ...model import MemorizingNet
-from ...model.renamed import current_name
+from ...model.renamed import current_name, in_current_shape
 from ..optimizers import (
     OptimizerConfig,
     end_of_schedule,
@@ -81,6 +82,12 @@ def _trained_names(
     return _names(parameter_groups(named, config, by_shape))
 
 
+def _in_current_shape(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state; its step has no dimension, whatever the parameter's shape."""
+    moments = {k: x for k, x in state.items() if k != "step" and torch.is_tensor(x)}
+    return {**state, **{key: in_current_shape(name, x) for key, x in moments.items()}}
+
+
 def take_over(
     checkpoint: dict[str, Any], net: MemorizingNet, config: OptimizerConfig, max_steps: int
 ) -> None:
@@ -121,7 +128,7 @@ def take_over(
             "new run with its weights alone: model.init_from instead of ckpt_path"
         )
     known = {
-        name: state["state"][number]
+        name: _in_current_shape(name, state["state"][number])
         for group, members in zip(numbers, names, strict=True)
         for number, name in zip(group, members, strict=True)
         if number in state["state"]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from ...errors import UserError
 from ...memory import MemoryBank
 from ...model import MemorizingNet, ModelConfig
+from ...model.renamed import as_today
 from ...pretrained.memorized import MemorizedModel
 from ...pretrained.saved import describe
 from ..optimizers import OptimizerConfig
@@ -241,7 +242,7 @@ def restore_gradients(
     own = parts == world_size and not is_sharded(net)
     wanted = [rank] if own else [*range(parts)]
     checkpoints.verify(folder, [checkpoints.rank_file(part) for part in wanted])
-    gradients = load_gradients(folder, wanted) or load_gradients(folder, [0])
+    gradients = as_today(load_gradients(folder, wanted) or load_gradients(folder, [0]))
     for name, parameter in net.named_parameters():
         if name in gradients and parameter.requires_grad:
             parameter.grad = like(gradients[name], parameter)

@@ -16,7 +16,7 @@ from ...data.sources.documents import first_line
 from ...data.tokens.tokenizers import fingerprint_tokenizer, load_tokenizer
 from ...errors import ConfigError
 from ...model import MemorizingNet, ModelConfig
-from ...model.renamed import with_current_names
+from ...model.renamed import as_today
 from ...pretrained.hub import TOKENIZER_FOLDER
 from . import folder as checkpoints
 from .export import SETTINGS_KEY, TOKENIZER_KEY, unpack_tokenizer
@@ -51,7 +51,7 @@ def _of_checkpoint(folder: Path) -> Weights:
     checkpoint = checkpoints.open_checkpoint(folder)
     named = checkpoint["state_dict"].items()
     tensors = {k.removeprefix("net."): value for k, value in named if k.startswith("net.")}
-    tensors = with_current_names(tensors)
+    tensors = as_today(tensors)
     packed = checkpoint.get(TOKENIZER_KEY)
     tokenizer = None if packed is None else unpack_tokenizer(packed)
     return Weights(tensors, ModelConfig(**checkpoint[SETTINGS_KEY]), tokenizer)
@@ -63,7 +63,7 @@ def _of_export(folder: Path) -> Weights:
     tokenizer = None
     if (folder / TOKENIZER_FOLDER).is_dir():
         tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER))
-    tensors = with_current_names(load_file(folder / "model.safetensors"))
+    tensors = as_today(load_file(folder / "model.safetensors"))
     return Weights(tensors, ModelConfig(**settings), tokenizer)
 
 
