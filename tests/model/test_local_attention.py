@@ -229,6 +229,12 @@ def test_flex_attention_is_asked_for_segments_and_not_for_single_tokens(
         q, k, v, _ = case(2, segment, 0, 1)
         attention.local(q.detach().as_subclass(OnGpu), k.detach(), v.detach(), None)
     assert asked == [FEWEST_QUERIES, 200]
+    torch.use_deterministic_algorithms(True)
+    try:  # its backward pass adds up in any order
+        attention.local(q.detach().as_subclass(OnGpu), k.detach(), v.detach(), None, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(asked) == 2
 
 
 def test_long_segments_equal_short_ones_with_a_cache() -> None:

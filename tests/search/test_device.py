@@ -110,3 +110,19 @@ def test_blocks_are_the_score_matrix_cut_in_pieces(chosen: slice, room: int, mul
     wanted = torch.zeros_like(seen)
     wanted[chosen] = 1
     assert torch.equal(seen, wanted)
+
+
+def test_what_counts_is_asked_once_for_all_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each time is a pass over the ages of all rows."""
+    memory = Memory(4, 2, 300, 16)
+    pairs = torch.randn(2, 4, 2, 200, 16)
+    memory.write(*pairs, torch.arange(200) < torch.tensor([200, 0, 3, 150])[:, None])
+    queries = torch.randn(4, 2, 5, 16)
+    whole = torch_buckets(queries, memory, 8, 65, 2**30)
+    asked: list[int | None] = []
+    valid = Memory.valid
+    monkeypatch.setattr(Memory, "valid", lambda *of: asked.append(of[-1]) or valid(*of))
+    parts = torch_buckets(queries, memory, 8, 65, 1)
+    assert asked == [200]
+    assert torch.equal(parts.valid, whole.valid)
+    assert torch.equal(parts.slots[parts.valid], whole.slots[whole.valid])

@@ -143,6 +143,21 @@ def test_a_row_of_a_view_is_as_its_owner(
             assert torch.equal(ours[place], theirs[owners[row]])
 
 
+def test_what_counts_is_asked_once_for_all_groups_of_rows(
+    fused: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = filled(70, [70, 30, 50], 2, 16, torch.float32, fused.DEVICE)
+    queries = torch.randn(3, 2, 5, 16, device=fused.DEVICE)
+    whole = fused.triton_buckets(queries, memory, 8, 33, 2**30)
+    asked: list[int | None] = []
+    valid = Memory.valid
+    monkeypatch.setattr(Memory, "valid", lambda *of: asked.append(of[-1]) or valid(*of))
+    parts = fused.triton_buckets(queries, memory, 8, 33, 1)
+    assert asked == [70]
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("score_bytes", [None, 1], ids=["at once", "row by row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_the_search_reaches_its_recall_and_scores_in_fp32(

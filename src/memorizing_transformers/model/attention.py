@@ -97,6 +97,8 @@ class Attention(nn.Module):
         seen = cache.valid() if cache is not None and cache.size else None
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
         flexible = q.is_cuda and q.shape[2] >= FEWEST_QUERIES
+        # Its backward pass adds up the gradient of the biases in any order.
+        flexible = flexible and not torch.are_deterministic_algorithms_enabled()
         # In a graph it cannot be tried; where it fails, the graph does, and the parts run.
         in_graph = torch.compiler.is_compiling()
         flexible = flexible and (in_graph or flex_works(q.device, v.dtype, *heads))

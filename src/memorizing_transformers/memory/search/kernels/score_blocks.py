@@ -46,6 +46,7 @@ def score_blocks(
     score_bytes: int = SCORE_BYTES,
     multiple: int = 1,
     chosen: slice = slice(None),
+    counted: Tensor | None = None,
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Yield ``(rows, first slot, scores)`` with scores (rows, G, Q, block) in fp32.
 
@@ -58,11 +59,12 @@ def score_blocks(
         score_bytes: bound on the bytes of one block of scores.
         multiple: every block but the last has a multiple of so many slots.
         chosen: the rows to score, consecutive.
+        counted: what ``memory.valid(memory.max_fill)`` gives, if it is known.
     """
     batch, groups, count, _ = queries.shape
     per_row = groups * count * 4
     bounds = memory.bounds
-    valid = memory.valid(max(bounds, default=0))
+    valid = memory.valid(memory.max_fill) if counted is None else counted
     begin, end, _ = chosen.indices(batch)
     for run, used in runs(bounds[begin:end]):
         block = max(1, min(used, score_bytes // per_row) // multiple) * multiple

@@ -18,10 +18,10 @@ from .score_blocks import score_blocks
 CANDIDATE_BYTES = 12
 """A bucket's best score and its slot."""
 
-BucketMaxima = Callable[[Tensor, Readable, int, slice, int], tuple[Tensor, Tensor]]
-"""Takes queries (B, G, Q, D), the memory, L, the rows (b of them) and the bytes of scores that may
-live at once; returns scores (b, G, Q, L) fp32, minus infinity where a bucket is empty, and slots
-(b, G, Q, L) int64."""
+BucketMaxima = Callable[[Tensor, Readable, int, slice, int, Tensor], tuple[Tensor, Tensor]]
+"""Takes queries (B, G, Q, D), the memory, L, the rows (b of them), the bytes of scores that may
+live at once, and which slots of all rows count, as ``Readable.valid`` has it; returns scores
+(b, G, Q, L) fp32, minus infinity where a bucket is empty, and slots (b, G, Q, L) int64."""
 
 
 def row_groups(queries: Tensor, num_buckets: int, score_bytes: int) -> Iterator[slice]:
@@ -39,8 +39,9 @@ def best_buckets(
     shape = (*queries.shape[:3], count)
     slots = torch.empty(shape, dtype=torch.int64, device=queries.device)
     valid = torch.empty(shape, dtype=torch.bool, device=queries.device)
+    counted = memory.valid(memory.max_fill)  # of all rows, so once for all groups of them
     for rows in row_groups(queries, buckets, room):
-        scores, candidates = maxima(queries, memory, buckets, rows, room)
+        scores, candidates = maxima(queries, memory, buckets, rows, room, counted)
         top = scores.topk(count, dim=-1)
         slots[rows] = candidates.gather(-1, top.indices)
         valid[rows] = top.values > -torch.inf
@@ -48,14 +49,20 @@ def best_buckets(
 
 
 def torch_maxima(
-    queries: Tensor, memory: Readable, num_buckets: int, rows: slice, score_bytes: int
+    queries: Tensor,
+    memory: Readable,
+    num_buckets: int,
+    rows: slice,
+    score_bytes: int,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``BucketMaxima`` from scores in fp32."""
     shape = (*queries[rows].shape[:3], num_buckets)
     best = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
     slots = torch.zeros(shape, dtype=torch.int64, device=queries.device)
     bucket = torch.arange(num_buckets, device=queries.device)
-    for part, start, scores in score_blocks(queries, memory, score_bytes, num_buckets, rows):
+    blocks = score_blocks(queries, memory, score_bytes, num_buckets, rows, counted)
+    for part, start, scores in blocks:
         own = slice(part.start - rows.start, part.stop - rows.start)
         ragged = -scores.shape[-1] % num_buckets
         if ragged:

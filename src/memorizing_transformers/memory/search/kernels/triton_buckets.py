@@ -106,6 +106,7 @@ def bucket_maxima(
     num_buckets: int,
     rows: slice = slice(None),
     score_bytes: int = 0,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``torch_buckets.BucketMaxima``; D is at most ``WIDEST``, and no scores are held."""
     queries = queries[rows]
@@ -116,7 +117,7 @@ def bucket_maxima(
     used = memory.max_fill
     if not used:
         return best.fill_(-torch.inf), slots.zero_()
-    valid = memory.valid(used)[rows]
+    valid = (memory.valid(used) if counted is None else counted)[rows]
     number = torch.arange(1, used + 1, dtype=torch.int32, device=queries.device)
     keys, scales, owners = memory.keys, memory.key_scales, memory.owners
     if owners is None:
