@@ -22,7 +22,7 @@ from small import (
 )
 
 from memorizing_transformers.memory import Memory
-from memorizing_transformers.model import Transformer
+from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.training.callbacks.staleness import key_drift, sample_window
 from memorizing_transformers.training.tensorboard import RunLogger
 
@@ -142,3 +142,20 @@ def test_a_part_that_was_frozen_stays_so(texts: Path) -> None:
     trainer.fit(module, datamodule=make_data(texts))
     assert not module.net.layers[0].training
     assert module.net.layers[1].training
+
+
+@pytest.mark.parametrize("xl_cache", [0, 8])
+def test_the_probe_computes_no_logits_and_no_layer_above_the_memory(xl_cache: int) -> None:
+    """A compiled model would compile a whole graph for its one row."""
+    memory = {"size": 64, "top_k": 2, "layers": [1]}
+    net = Transformer(ModelConfig(23, 16, 3, 2, xl_cache=xl_cache, memory=memory))
+    bank, ids = net.new_memory(2), torch.randint(23, (2, SEGMENT))
+    with torch.no_grad():
+        for _ in range(2):
+            bank.commit(net(ids, bank).pairs, token_ids=ids)
+    called: list[str] = []
+    for name, part in (("network", net), ("layer above", net.layers[2])):
+        part.register_forward_hook(lambda *_, name=name: called.append(name))
+    drift = key_drift(net, bank, 1, SEGMENT)
+    assert drift["key_cosine"] == pytest.approx(1.0, abs=1e-4)
+    assert not called

@@ -48,12 +48,13 @@ def key_drift(net: MemorizingNet, bank: MemoryBank, layer: int, segment: int) ->
     if window is None:
         return {}
     row, slots = window
-    tokens, home = memory.token_ids[row].long(), next(net.parameters()).device
-    fresh = net.new_memory(1, size=0)
-    if int(memory.positions[row, slots[0]]) > 0 and fresh.caches:
-        before = tokens[(slots - segment) % memory.size][None].to(home)
-        fresh.commit(net(before, fresh).pairs)
-    read = net(tokens[slots][None].to(home), fresh).pairs.memory[layer]
+    tokens, last = memory.token_ids[row].long(), max(bank.memories)
+    # What lies above the last memory layer, and the logits, say nothing of keys.
+    caches = {n: cache for n, cache in net.new_memory(1, size=0).caches.items() if n < last}
+    fresh = MemoryBank(1, {}, caches)
+    if int(memory.positions[row, slots[0]]) > 0 and caches:
+        fresh.commit(net.encode(tokens[(slots - segment) % memory.size][None], fresh))
+    read = net.encode(tokens[slots][None], fresh).memory[layer]
     new = read[0][0].float().to(memory.device)
     stored = memory.keys_at((slice(row, row + 1), slice(None), slots))[0]
     norms = stored.norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-6)
