@@ -104,6 +104,30 @@ def test_what_it_cannot_do_ends_in_one_line(
         trainer.test(make_module(), datamodule=make_data(texts, eval_rows=rows), verbose=False)
 
 
+@pytest.mark.parametrize(
+    ("rows", "inference", "key"),
+    [(1, True, "trainer.inference_mode = True"), (3, False, "data.eval_rows = 3")],
+)
+def test_a_fit_is_refused_before_it_trains(
+    texts: Path, rows: int, inference: bool, key: str
+) -> None:
+    """Its final table would be refused only after the training."""
+    trainer = make_trainer(callbacks=[TestTimeTraining()], inference_mode=inference, max_steps=2)
+    with pytest.raises(ConfigError, match=key):
+        trainer.fit(make_module(), datamodule=make_data(texts, eval_rows=rows))
+    assert trainer.global_step == 0
+
+
+def test_a_validation_and_a_fit_with_gradients_are_not_refused(texts: Path) -> None:
+    data = make_data(texts, eval_rows=1)
+    trainer = make_trainer(callbacks=[TestTimeTraining()])
+    trainer.validate(make_module(), datamodule=data, verbose=False)
+    callbacks = [TestTimeTraining()]
+    trainer = make_trainer(callbacks=callbacks, inference_mode=False, max_steps=2)
+    trainer.fit(make_module(), datamodule=data)
+    assert trainer.global_step == 2
+
+
 @pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
 def test_a_rate_that_is_none_ends_in_one_line(lr: float) -> None:
     with pytest.raises(ConfigError, match=f"lr = {lr}"):

@@ -44,14 +44,26 @@ class TestTimeTraining(Callback):
         for name, tensor in self._trained.items():
             module.net.get_parameter(name).copy_(tensor)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to start without gradients."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, in a fit too: its final table is a test of the same trainer.
+
+        Raises:
+            ConfigError: naming the key and what would do.
+        """
         loops: Any = trainer
-        loop = loops.test_loop if trainer.testing else loops.predict_loop
+        if stage == "validate":
+            return
+        loop = loops.predict_loop if stage == "predict" else loops.test_loop
         if loop.inference_mode:
-            raise ConfigError(
-                "trainer.inference_mode", True, "must be false to train while reading"
-            )
+            remedy = "must be false to train while reading"
+            if stage == "fit":
+                remedy += "; or leave TestTimeTraining out of the fit"
+            raise ConfigError("trainer.inference_mode", True, remedy)
+        rows = getattr(loops.datamodule, "eval_rows", None)
+        # Those of all processes; each has weights of its own.
+        if rows is not None and rows > trainer.world_size:
+            remedy = f"must be {trainer.world_size}: rows would share their weights"
+            raise ConfigError("data.eval_rows", rows, remedy)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: Any, **__: Any
@@ -92,7 +104,6 @@ class TestTimeTraining(Callback):
         self._restore(pl_module)
         self._trained, self._gradients = {}, {}
 
-    on_predict_start = on_test_start
     on_predict_batch_start = on_test_batch_start
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_exception = on_test_end
