@@ -125,3 +125,12 @@ def test_switches_are_shown_without_a_value() -> None:
 def test_tensorboard_is_installed() -> None:
     assert commands("tensorboard")
     assert os.access(Path(sys.executable).parent / "tensorboard", os.X_OK)
+
+
+def test_the_plans_are_counted_and_all_are_listed() -> None:
+    plans = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
+    assert len(plans) == 12  # as both pages say in words
+    page = (ROOT / "docs" / "ablations.md").read_text("utf-8")
+    assert "has twelve plans" in page
+    assert "twelve plans for `ablate`" in (ROOT / "README.md").read_text("utf-8")
+    assert all(f"| `configs/ablations/{plan.name}` |" in page for plan in plans)

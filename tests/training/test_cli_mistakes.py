@@ -88,6 +88,10 @@ def callback(name: str, **arguments: Any) -> str:
         (callback("EarlyStopping", monitor="val/x", mode="up"), "EarlyStopping: `mode` can be"),
         (callback("EarlyStopping", monitr="val/x"), "EarlyStopping: Option 'monitr' is not acc"),
         (callback("EarlyStopping", monitr="val/x"), "did you mean monitor?"),
+        (callback("EarlyStopping", monitor="val/los"), "'val/los': is not logged in training; did"),
+        (callback("ModelCheckpoint", monitor="val/los"), "ModelCheckpoint: monitor = 'val/los'"),
+        (callback("ModelCheckpoint", monitor="train/x"), "monitor = 'train/x': is not logged"),
+        (callback("EarlyStopping", monitor="test/loss"), "did you mean"),
         (callback("LearningRateMonitor", logging_interval="day"), "logging_interval = day: must"),
         (callback("Timer", duration="soon"), "trainer.callbacks: Timer: `Timer(duration='soon')`"),
         (callback("ModelCheckpoint", save_top_k=-5), "ModelCheckpoint: Invalid value for save_to"),
@@ -127,8 +131,8 @@ def test_a_mistake_that_a_library_finds_gets_one_line(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (callback("EarlyStopping", monitor="val/nothing"), "trainer.callbacks: EarlyStopping: E"),
-        (callback("ModelCheckpoint", monitor="val/nothing"), "`ModelCheckpoint(monitor='val/noth"),
+        (callback("EarlyStopping", monitor="nothing"), "trainer.callbacks: EarlyStopping: E"),
+        (callback("ModelCheckpoint", monitor="nothing"), "`ModelCheckpoint(monitor='nothing')"),
         (callback("ModelCheckpoint", filename="{x"), "trainer.callbacks: ModelCheckpoint: expect"),
         (callback("ModelCheckpoint", dirpath="/dev/null/x"), "/dev/null/x"),
     ],

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 from small import Losses, assert_alike, command, make_data, make_module, state
 from test_resume import QUIET
 
+from memorizing_transformers.errors import UserError
 from memorizing_transformers.training.checkpoint.folder import candidates, read_manifest, verify
 from memorizing_transformers.training.ends import end_line
 from memorizing_transformers.training.module import MemorizingLM
@@ -266,3 +267,31 @@ def test_a_run_that_has_nothing_to_do_says_so(config: Path) -> None:
     code, out, _ = command(*given, "--trainer.limit_train_batches", 0)
     assert code == 0
     assert "no training batches" in out
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+def test_a_name_that_was_not_logged_ends_a_run_with_its_last_step_saved(
+    kind: Any, texts: Path, tmp_path: Path
+) -> None:
+    place = {"dirpath": tmp_path} if kind is ModelCheckpoint else {}
+    trainer = trainer_of(tmp_path, kind(monitor="mine", **place), **VALIDATING)
+    with pytest.raises(Exception, match="mine"):
+        trainer.fit(make_module(), datamodule=make_data(texts))
+    assert steps_in(tmp_path) == [3]
+
+
+def test_what_others_log_is_not_known(texts: Path, tmp_path: Path) -> None:
+    """A callback of the user's own may log any name."""
+
+    class Mine(Callback):
+        def on_validation_end(self, trainer: Any, *_: Any) -> None:
+            trainer.callback_metrics["val/mine"] = torch.tensor(1.0)
+
+    stopping = EarlyStopping("val/mine", patience=0)
+    trainer = trainer_of(tmp_path, Mine(), stopping, **VALIDATING)
+    trainer.fit(make_module(), datamodule=make_data(texts))
+    assert trainer.global_step == 6
+    with pytest.raises(UserError, match=r"EarlyStopping: monitor = 'val/mine': is not logged"):
+        trainer_of(tmp_path, EarlyStopping("val/mine"), **VALIDATING).fit(
+            make_module(), datamodule=make_data(texts)
+        )

@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from ..errors import UserError
 from .checkpoint import folder as checkpoints
+from .monitors import check_monitors, is_of_monitor
 from .signals import Interrupted
 
 RESUME = "resume with --ckpt_path last"
@@ -40,7 +42,9 @@ class RunStart(Callback):
     """Names a start of a run, tells every rank its folder, and clears away what a dead one left."""
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Ranks learn which folder rank 0 has claimed (a collective)."""
+        """Refuse what cannot be watched; ranks learn rank 0's folder (a collective)."""
+        if stage == "fit":
+            check_monitors(trainer, pl_module)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger | TensorBoardLogger):
                 logger._version = trainer.strategy.broadcast(logger.version)
@@ -119,7 +123,16 @@ class RunEnd(Checkpoint):
     def on_exception(
         self, trainer: Any, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save what a signal has ended, and say so."""
+        """Save what a signal has ended, or a callback that watches a name that was not logged."""
+        if trainer.state.fn == "fit" and trainer.begun and is_of_monitor(exception, trainer):
+            try:
+                path = save_end(trainer)
+                trainer.writer.wait()
+            except UserError as error:
+                rank_zero_info(f"step {trainer.global_step} could not be saved ({error})")
+            else:
+                if path:
+                    rank_zero_info(f"step {trainer.global_step} is saved as {path}; {RESUME}")
         if not isinstance(exception, Interrupted) or exception.line or not trainer.begun:
             return
         exception.line = f"stopped by {exception.name}"
