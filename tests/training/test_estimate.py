@@ -19,6 +19,7 @@ from memorizing_transformers.memory.search.auto import choose_search
 from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.model import forecast as forecasting
 from memorizing_transformers.training.estimate import estimate
+from memorizing_transformers.training.optimizers import OptimizerConfig, make_optimizer
 from memorizing_transformers.training.trainer import MemoryTrainer
 
 SHAPES = [
@@ -29,6 +30,7 @@ SHAPES = [
     {"memory": {"dtype": "bfloat16", "size": 100}},
     {"memory": {"dtype": "int8", "size": 100}, "num_kv_heads": 2},
     {"memory": {"size": 0}},
+    {"value_residual": True, "embedding_shortcut": True, "memory": {"copy": ["repeats"]}},
 ]
 
 
@@ -48,6 +50,20 @@ def test_counts_what_the_model_has(shape: dict[str, object]) -> None:
     assert (cost.search_flops == 0) == (config.memory.size == 0)
     assert cost.device_bytes > cost.weight_bytes
     assert 0 <= cost.memory_share < 1
+
+
+def test_muon_keeps_one_number_of_a_matrix() -> None:
+    config = ModelConfig(vocab_size=50, d_model=32, num_layers=3, num_heads=4)
+    net = Transformer(config)
+    optimizer = make_optimizer(net, OptimizerConfig(name="muon"))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    output = net.score(tokens, net.new_memory(2), tokens)
+    sum(p.sum() for p in net.parameters()).add(output.nll.sum()).backward()
+    optimizer.step()
+    held = [x for state in optimizer.state.values() for x in state.values()]
+    measured = sum(x.nbytes for x in held if torch.is_tensor(x) and x.numel() > 1)
+    cost = estimate(config, 2, 8, optimizer="muon")
+    assert cost.optimizer_bytes == pytest.approx(measured, rel=0.01)
 
 
 def test_the_memory_costs_what_its_size_says() -> None:
@@ -96,6 +112,9 @@ STEPS: list[dict[str, Any]] = [
     {"segment": 300, "xl_cache": 100, "memory": {"size": 1000, "combine": "joint"}},
     {"segment": 40, "num_kv_heads": 4, "d_ff": 100, "memory": {"size": 64, "layers": [0, 2]}},
     {"segment": 64, "activation_checkpointing": True, "xl_cache": 64},
+    {"segment": 64, "activation": "relu2", "d_ff": 400},
+    {"segment": 64, "dropout": 0.1},
+    {"segment": 64, "value_residual": True, "embedding_shortcut": True},
 ]
 
 

@@ -9,24 +9,24 @@ Activations are what autograd keeps of each layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from ..memory import SEARCHES, STORAGE_DTYPES, make_search
+from ..memory import SEARCHES, STORAGE_DTYPES
 from ..memory.search.auto import choose_search
 from ..memory.search.kernels.cpu_scan import SCORE_BYTES as HOST_SCORE_BYTES
 from ..memory.search.kernels.score_blocks import SCORE_BYTES
 from ..memory.storage import slot_bytes
-from ..model import GATES, CopyHead, MemoryReader, ModelConfig
+from ..model import GATES, ModelConfig, Transformer
 from ..model.attention import MASK_BYTES
 from ..model.forecast import chunk_tokens, loss_bytes
 from ..model.local_attention import BLOCK
+from .muon import is_layer_matrix
 
 OPTIMIZER_COPIES = {"adamw": 2.0, "adafactor": 0.0}
 """Numbers of optimiser state per weight; Adafactor's factors are negligible. Of others two are
-assumed."""
+assumed; muon keeps one of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,12 @@ def _bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def count_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Weights of a model, by its shapes alone."""
-    width, kv_width = (heads * config.head_width for heads in (config.num_heads, config.kv_heads))
-    layer = config.d_model * (2 * width + 2 * kv_width + 2 * config.ff_width + 2)
-    layer += config.num_heads * (config.relative_buckets + config.qk_norm)
-    memory = config.memory
-    heads = (config.num_heads, config.kv_heads)
-    search = make_search(memory.search, memory.recall_target)
-    own: list[nn.Module] = [
-        MemoryReader(*heads, config.d_model, memory, search) for _ in config.memory_layers
-    ]
-    if memory.copy and own:
-        own.append(CopyHead(config.num_heads, config.d_model, memory))
-    total = config.num_layers * layer + sum(p.numel() for x in own for p in x.parameters())
-    return total + (vocab_size + 1) * config.d_model
+def count_parameters(config: ModelConfig, vocab_size: int) -> tuple[int, int]:
+    """Weights of a model, and how many of them are in matrices that muon updates."""
+    with torch.device("meta"):
+        model = Transformer(replace(config, vocab_size=vocab_size))
+    named = [(name, p.numel(), is_layer_matrix(name, p)) for name, p in model.named_parameters()]
+    return sum(n for _, n, _ in named), sum(n for _, n, inside in named if inside)
 
 
 def local_pairs(segment: int, cached: int) -> int:
@@ -194,7 +185,7 @@ def estimate(
     layers, memory_layers = config.num_layers, len(config.memory_layers) if memory.size else 0
     tokens = rows * segment
 
-    parameters = count_parameters(config, vocab)
+    parameters, matrices = count_parameters(config, vocab)
     kernels = config.d_model * (2 * (heads + groups) * width + 2 * config.ff_width)
     dense = layers * kernels + vocab * config.d_model
     if memory.combine == "content":
@@ -217,12 +208,14 @@ def estimate(
     # What the backward pass keeps, in numbers a token. Of the feed-forward part: its input, as it
     # was, normalised, and scaled, and what ReLU returned. Of attention, besides: queries before,
     # between and after their normalisation and scaling, keys likewise, values, and the output.
-    fed = 3 * config.d_model + config.ff_width
+    fed = 3 * config.d_model + config.ff_width * (2 if config.activation == "relu2" else 1)
     attended = 3 * config.d_model + 4 * heads * width + 3 * groups * width
     attended += 2 * groups * width * config.xl_cache // segment
     # Of attention over the memory: scores and weights, and two more outputs.
     recalled = 2 * heads * (memory.top_k + width)
     kept = layers * (fed + attended) + memory_layers * recalled + 3 * config.d_model
+    if config.value_residual:
+        kept += (layers - 1) * groups * width
     again = 0.0
     if config.activation_checkpointing:
         # The inputs of all parts, memory layers' attention, which is not made again, and one part.
@@ -232,6 +225,8 @@ def estimate(
         projected = 2 * tokens * config.d_model * (heads + 2 * groups) * width
         again = (layers - memory_layers) * (projected + local / layers)
         again += layers * 2 * tokens * config.d_model * config.ff_width
+    if config.dropout:
+        kept += (2 * layers + 2) * config.d_model
     if chunk_tokens(tokens, vocab) < tokens:
         again += 2 * tokens * vocab * config.d_model
     mask = rows * heads * segment * (segment + config.xl_cache) * activation_bytes
@@ -250,6 +245,8 @@ def estimate(
         index_bytes = rows * groups * memory.size * indexed(width) * memory_layers
     weight_bytes = 4 * parameters
     optimizer_bytes = int(weight_bytes * OPTIMIZER_COPIES.get(optimizer, 2.0))
+    if optimizer == "muon":
+        optimizer_bytes -= 4 * matrices
     room = memory.search_bytes or (HOST_SCORE_BYTES if holder == "cpu" else SCORE_BYTES)
     scratch = min(room, 4 * tokens * heads * memory.size) if memory_layers else 0
     return Estimate(
