@@ -208,6 +208,7 @@ def test_mistakes_are_refused_in_one_line(client: Any, port: int) -> None:
     refused(bad, lambda: chat(**ask, logprobs=True), "logprobs")
     refused(bad, lambda: chat(**ask, tools=[{"type": "function"}]), "tools")
     refused(bad, lambda: chat(**ask, temperature=-1), "temperature")
+    refused(bad, lambda: chat(**ask, temperature=1e-40), "temperature = 1e-40")
     refused(bad, lambda: chat(model="any", messages=[]), "messages")
     refused(bad, lambda: complete(client, ""), "prompt")
     refused(bad, lambda: complete(client, "a", max_tokens=0), "max_tokens")

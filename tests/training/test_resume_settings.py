@@ -320,3 +320,16 @@ def test_a_run_goes_on_whose_copy_head_had_numbers_of_no_dimension(
     again = Fit(texts, tmp_path / "again", 6, old, **settings)
     assert again.losses.values == unbroken.losses.values[4:]
     assert_alike(dict(again.module.state_dict()), dict(unbroken.module.state_dict()))
+
+
+@pytest.mark.parametrize(("before", "now"), [([], [-1]), ([-1], [])])
+def test_other_layers_of_memory_are_refused_with_the_key_that_switches_it(
+    before: list[int], now: list[int], texts: Path, tmp_path: Path
+) -> None:
+    first = Fit(texts, tmp_path / "first", 3, layers=before)
+    with pytest.raises(UserError) as caught:
+        Fit(texts, tmp_path / "other", 6, first.checkpoint(3), layers=now)
+    message = str(caught.value)
+    assert "model.memory.layers = " in message
+    assert "model.memory.size 0" in message
+    assert "model.init_from" in message

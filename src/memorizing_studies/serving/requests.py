@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from memorizing_transformers.generation.drawing_bounds import check_drawing
+
 CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -39,10 +41,10 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str = ""
-    temperature: float = Field(1.0, ge=0, le=100)
+    temperature: float = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = 1.0
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool = False
@@ -66,6 +68,7 @@ class GenerationRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in CHANGES_NOTHING and value not in CHANGES_NOTHING[name]:
                 raise ValueError(f"{name} = {value!r}: is not offered here; leave it out")
+        check_drawing(self.temperature, self.repetition_penalty)
         if isinstance(self.stop, list) and not all(self.stop):
             raise ValueError("stop: holds an empty text; leave it out")
         return self

@@ -51,13 +51,13 @@ def generate(
 
     from ..errors import ConfigError
     from ..generation.causal_lm import SessionCache, causal_lm
+    from ..generation.drawing_bounds import check_drawing
     from ..generation.session import Session
     from ..generation.sources import Sources
     from .reading import open_reader
 
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
-        ("temperature", temperature, 0),
         ("top_k", top_k, 0),
         ("seed", seed, 0),
     ):
@@ -69,8 +69,7 @@ def generate(
         raise ConfigError("stop", " ".join(stop), "holds an empty text; leave it out")
     if not 0 < top_p <= 1:
         raise ConfigError("top_p", top_p, "must lie above 0 and be at most 1")
-    if not repetition_penalty > 0:
-        raise ConfigError("repetition_penalty", repetition_penalty, "must be above 0; 1 is off")
+    check_drawing(temperature, repetition_penalty)
     if not prompt:
         raise ConfigError("prompt", prompt, "is empty; give a text to continue")
     reader = open_reader(model, segment_length, memory_size, device)

@@ -27,6 +27,8 @@ from .rank_state import load_gradients, load_random_state, load_rows, rows_of
 ARCHITECTURE_KEY = "architecture"
 """Where a checkpoint keeps what its weights mean."""
 
+LAYERS = "memory.layers"
+
 MAY_CHANGE = (
     "the number of ranks, memory.size, the optimiser's settings, max_steps, evaluation and logging "
     "may change"
@@ -95,9 +97,15 @@ def check_weights(checkpoint: dict[str, Any], ours: dict[str, Any], tokenizer: A
         if saved.get(key) != ours.get(key)
     ]
     if differing:
+        remedy = "give the config that was saved with its run"
+        if saved.get(LAYERS) != ours.get(LAYERS):
+            remedy += (
+                "; a memory is switched off and on by model.memory.size 0 and another size, with "
+                "the same layers, or begin a new run with the weights: model.init_from"
+            )
         raise UserError(
             f"ckpt_path: the checkpoint is of another architecture: {', '.join(differing)}; "
-            "give the config that was saved with its run"
+            f"{remedy}"
         )
     files = checkpoint.get(TOKENIZER_KEY)
     if files is not None and tokenizer is not None and not is_packed(files, tokenizer):
