@@ -63,3 +63,13 @@ def test_a_penalty_holds_for_turns_that_were_read_before(tmp_path: Path) -> None
         assert found == ask(anew, whole, penalty)
         answers.append(found)
     assert answers[0] != answers[1]
+
+
+def test_requests_of_their_own_close_idle_conversations_too(tmp_path: Path) -> None:
+    reader = open_reader(str(save_model(tmp_path)), 32, None, "cpu")
+    conversations = Conversations(reader, [], 1, 0.0)
+    conversations.open()
+    conversations.find(None)
+    # Kept open beyond this, it could be asked for again.
+    conversations.idle = 1e9
+    conversations.open()

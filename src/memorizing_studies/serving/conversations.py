@@ -97,9 +97,9 @@ class Conversations:
         Raises:
             NoSuchConversation: where none has this id.
         """
+        self.close_idle()
         if name is None:
             return self.alone()
-        self.close_idle()
         if name not in self._open:
             raise NoSuchConversation(
                 f"conversation = {name!r}: is not open; begin one with POST /v1/conversations"
