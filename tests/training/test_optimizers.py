@@ -12,6 +12,7 @@ from torch import nn
 from memorizing_transformers.errors import ConfigError
 from memorizing_transformers.model import ModelConfig, Transformer
 from memorizing_transformers.training.optimizers import (
+    OPTIMIZERS,
     OptimizerConfig,
     is_memory_number,
     lr_factor,
@@ -321,3 +322,8 @@ def test_what_is_no_optimiser_is_refused(settings: dict[str, Any], key: str) -> 
     with pytest.raises(ConfigError) as caught:
         OptimizerConfig(**settings).validate()
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS])
+def test_every_optimizer_with_a_short_name_takes_the_defaults(name: str) -> None:
+    OptimizerConfig(name=name).validate()

@@ -95,7 +95,7 @@ class OptimizerConfig:
             if not issubclass(kind, torch.optim.Muon):
                 remedy = "takes sparse gradients alone, and there are none here; set adamw"
             raise ConfigError(prefix + "name", self.name, remedy)
-        if self.weight_decay and not takes(kind, "weight_decay"):
+        if self.weight_decay and self.name not in OPTIMIZERS and not takes(kind, "weight_decay"):
             remedy = f"{kind.__name__} has no weight decay; set 0"
             raise ConfigError(prefix + "weight_decay", self.weight_decay, remedy)
         for key in ("lr", "weight_decay", *(("betas",) if self.has_betas else ())):
