@@ -164,7 +164,8 @@ def test_a_step_of_the_memorys_own_numbers_makes_the_loss_smaller(family: str) -
         bank, loss = model.new_memory(2), torch.tensor(0.0)
         for start in range(0, ids.shape[1] - 1, N):
             inputs, targets = ids[:, start : start + N], ids[:, start + 1 : start + N + 1]
-            output = model(inputs[:, : targets.shape[1]], bank)
+            inputs = inputs[:, : targets.shape[1]]
+            output = model(inputs, bank)
             loss = loss + model.loss(output.logits, targets)
             bank.commit(output.pairs, token_ids=inputs)
         gradients = torch.autograd.grad(loss, own)
