@@ -137,7 +137,7 @@ def test_variants_run_at_the_same_time(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # The base's weights do not fit, which only the new process notices.
     variants: list[dict[str, Any]] = [
-        {"name": "misfit", "overrides": {"model.d_ff": 8}, "from": "base"},
+        {"name": "misfit", "overrides": {"data.tokenizer": "bpe"}, "from": "base"},
         {"name": "after", "from": "misfit"},
     ]
     plan = write_plan(
@@ -147,5 +147,5 @@ def test_variants_run_at_the_same_time(base: Path, tmp_path: Path) -> None:
     assert set(results(out)) == {"base"}
     failures = {name: row["failures"] for name, row in rows(out / "table.csv").items()}
     assert failures["base"] == ""
-    assert "feed_forward" in failures["misfit"]
+    assert "another tokenizer" in failures["misfit"]
     assert "misfit" in failures["after"]

@@ -52,14 +52,17 @@ def test_a_plan_runs_as_jobs_and_leaves_the_files_of_a_local_one(
     cluster: Path, base: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    variants = [*EVALUATED, {"name": "misfit", "overrides": {"model.d_ff": 8}, "from": "base"}]
+    variants = [
+        *EVALUATED,
+        {"name": "misfit", "overrides": {"data.tokenizer": "bpe"}, "from": "base"},
+    ]
     plan = write_plan(tmp_path / "plan.yaml", base, out, variants=variants, budget=BUDGET)
     options = {"partition": "small", "cpus_per_task": 3, "additional_parameters": {"nice": 9}}
     trials = run_plan(load_plan(plan), make_executor("slurm", None, None, options))
     failed = {trial.variant for trial in trials if trial.failure is not None}
     assert failed == {"misfit"}
     assert set(results(out)) == {"base", "larger"}
-    assert "feed_forward" in rows(out / "table.csv")["misfit"]["failures"]
+    assert "another tokenizer" in rows(out / "table.csv")["misfit"]["failures"]
     folder = out / "base" / "seed-0"
     assert {"result.json", "trained.json", "documents.json", "version_0", "log.txt"} <= {
         path.name for path in folder.iterdir()
