@@ -34,7 +34,8 @@ def generate(
         document: A UTF-8 text file that is read before the prompt.
         memory: Files that remember wrote, or folders of them; all of them are searched.
         max_new_tokens: Number of tokens to generate, at most.
-        temperature: Divides the logits before a token is drawn. 0 always takes the likeliest token.
+        temperature: Divides the logits before a token is drawn, 0.0001 to 100. 0 always takes the
+            likeliest token.
         top_p: Draw from the likeliest tokens that together have this probability.
         top_k: Draw from this number of likeliest tokens. 0 = all.
         repetition_penalty: Makes tokens that were already there less likely. 1 = off.

@@ -94,7 +94,7 @@ def check_numbers(trainer: Any) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    never = "trainer.limit_val_batches=0 validates never"
+    never = "trainer.limit_val_batches=0 switches validation off"
     for key, least, remedy in (
         ("accumulate_grad_batches", 1, "must be 1 or more"),
         ("gradient_clip_val", 0, "must be above 0; leave it out to clip nothing"),
@@ -102,9 +102,8 @@ def check_numbers(trainer: Any) -> None:
         ("check_val_every_n_epoch", 1, f"must be 1 or more; {never}"),
     ):
         value = trainer[key]
-        if isinstance(value, float) and key == "val_check_interval":
-            least = 0 if value > 0 else 1
-        if isinstance(value, int | float) and not value >= least:
+        share = key == "val_check_interval" and isinstance(value, float) and 0 < value < 1
+        if isinstance(value, int | float) and not (share or value >= least):
             raise ConfigError(f"trainer.{key}", value, remedy)
 
 

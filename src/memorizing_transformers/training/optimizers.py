@@ -25,6 +25,12 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 """By their short names in ``model.optimizer.name``."""
 
+UNFIT: dict[type[Optimizer], str] = {
+    torch.optim.Muon: "takes matrices alone; set muon, which leaves the others to AdamW",
+    torch.optim.SparseAdam: "takes sparse gradients alone, and there are none here; set adamw",
+}
+"""Those of torch that cannot train these models, and what to do instead."""
+
 
 @dataclass
 class OptimizerConfig:
@@ -90,11 +96,9 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ConfigError(prefix + "weight_decay", self.weight_decay, "must be at least 0")
         kind = self.kind()
-        if issubclass(kind, (torch.optim.Muon, torch.optim.SparseAdam)):
-            remedy = "takes matrices alone; set muon, which leaves the others to AdamW"
-            if not issubclass(kind, torch.optim.Muon):
-                remedy = "takes sparse gradients alone, and there are none here; set adamw"
-            raise ConfigError(prefix + "name", self.name, remedy)
+        for unfit, remedy in UNFIT.items():
+            if issubclass(kind, unfit):
+                raise ConfigError(prefix + "name", self.name, remedy)
         if self.weight_decay and self.name not in OPTIMIZERS and not takes(kind, "weight_decay"):
             remedy = f"{kind.__name__} has no weight decay; set 0"
             raise ConfigError(prefix + "weight_decay", self.weight_decay, remedy)
