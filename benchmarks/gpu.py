@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_parts as parts
+import gpu_rows
 import matplotlib
 import torch
 from measure import circumstances, table
@@ -135,7 +136,7 @@ def main() -> None:
     if not (given.rehearse or torch.cuda.is_available()):
         parser.exit(2, "gpu.py: no CUDA device here; --rehearse runs tiny sizes on the CPU\n")
     device = torch.device("cpu" if given.rehearse else "cuda")
-    shape = parts.TINY if given.rehearse else parts.Shape()
+    shape = gpu_rows.TINY if given.rehearse else gpu_rows.Shape()
     end = time.monotonic() + 60 * given.minutes
     facts: dict[str, Any] = {"circumstances": devices(device), "shape": str(shape)}
     profile = given.out / "gpu_profile.txt"

@@ -19,6 +19,11 @@ MARK = "gpu"
 COMMAND = [sys.executable, str(Path(__file__).parent.parent / "benchmarks" / "gpu.py")]
 
 
+def parts_and_sizes() -> tuple[Any, Any]:
+    """The module of the parts, and the sizes of a rehearsal."""
+    return importlib.import_module("gpu_parts"), importlib.import_module("gpu_rows").TINY
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     command = [*COMMAND, "--out", str(tmp_path / "out")]
@@ -73,7 +78,7 @@ def test_a_step_that_does_not_fit_is_gone_before_the_next_is_made(
 ) -> None:
     """Else the next one has not the room either, or its peak counts both."""
     monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
-    parts = importlib.import_module("gpu_parts")
+    parts, tiny = parts_and_sizes()
     made: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
@@ -85,13 +90,13 @@ def test_a_step_that_does_not_fit_is_gone_before_the_next_is_made(
             self.slots = chosen["slots"]
 
         def __call__(self) -> None:
-            if self.slots == parts.TINY.slots[-1]:
+            if self.slots == tiny.slots[-1]:
                 raise torch.OutOfMemoryError
             super().__call__()
 
     monkeypatch.setattr(parts, "Step", Step)
-    rows = list(parts.steps(replace(parts.TINY, seconds=0.0), torch.device("cpu")))
-    full = parts.TINY.slots[-1]
+    rows = list(parts.steps(replace(tiny, seconds=0.0), torch.device("cpu")))
+    full = tiny.slots[-1]
     assert all((row["peak GiB"] == "does not fit") == (row["slots"] == full) for row in rows)
     assert alive == [0] * len(rows)
 
@@ -101,7 +106,7 @@ def test_one_that_fails_is_a_row_and_the_others_go_on(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
-    parts = importlib.import_module("gpu_parts")
+    parts, tiny = parts_and_sizes()
     calls: list[int] = []
 
     def timed(*_: Any) -> list[float]:
@@ -111,7 +116,7 @@ def test_one_that_fails_is_a_row_and_the_others_go_on(
         return [1.0]
 
     monkeypatch.setattr(parts, "timed", timed)
-    rows = list(getattr(parts, part)(parts.TINY, torch.device("cpu")))
+    rows = list(getattr(parts, part)(tiny, torch.device("cpu")))
     assert len(rows) == len(calls) == {"steps": 9, "searches": 12}[part]
     assert len({tuple(row) for row in rows}) == 1
     assert [row["ms"] is None for row in rows] == [False, True, *[False] * (len(rows) - 2)]
@@ -121,7 +126,7 @@ def test_one_that_fails_is_a_row_and_the_others_go_on(
 
 def test_without_its_first_variant_a_kind_has_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
-    parts = importlib.import_module("gpu_parts")
+    parts, tiny = parts_and_sizes()
 
     def measured(_: Any, __: Any, variant: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         if variant == {"slots": 0}:
@@ -129,7 +134,7 @@ def test_without_its_first_variant_a_kind_has_no_ratio(monkeypatch: pytest.Monke
         return 1.0, {}
 
     monkeypatch.setattr(parts, "measured_step", measured)
-    rows = list(parts.steps(parts.TINY, torch.device("cpu")))
+    rows = list(parts.steps(tiny, torch.device("cpu")))
     ratios = {(row["optimizer"], row["compiled"]): row["of no memory"] for row in rows}
     assert ratios == {("adamw", False): None, ("adafactor", False): 1.0, ("adamw", True): 1.0}
 
@@ -137,7 +142,7 @@ def test_without_its_first_variant_a_kind_has_no_ratio(monkeypatch: pytest.Monke
 def test_rows_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fallback must not be taken for what it replaces."""
     monkeypatch.syspath_prepend(str(Path(COMMAND[1]).parent))
-    parts = importlib.import_module("gpu_parts")
+    parts, tiny = parts_and_sizes()
     from memorizing_transformers.memory.search import bucketed
     from memorizing_transformers.memory.search.policy import KERNELS, KernelChoice, KernelFailed
 
@@ -148,7 +153,7 @@ def test_rows_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucketed, "choose_kernel", lambda *_: chosen)
     monkeypatch.setitem(KERNELS, "triton", KERNELS["torch"]._replace(run=fail))
     monkeypatch.setattr(parts, "flex_failure", lambda *_: "no compiler")
-    shape = replace(parts.TINY, segment=128, slots=(128, 256), seconds=0.0)
+    shape = replace(tiny, segment=128, slots=(128, 256), seconds=0.0)
     device = torch.device("cpu")
     real = parts.Step
     monkeypatch.setattr(parts, "Step", lambda *given, **key: real(*given, **{**key, "compiled": 0}))
